@@ -5,28 +5,28 @@ from __future__ import annotations
 import functools
 
 from . import torch_dense, torch_gather, torch_grads, torch_slabs
-from .engines import TRITON_BLOCK_TOKENS, Backend
+from .engines import Backend
 
 CPU_BLOCK_TOKENS = 1024
 
 
 @functools.cache
 def get_backend(impl: str) -> Backend:
-    """Return the backend called `impl`; Triton is imported on the first request."""
+    """Return the backend called `impl`; Triton is imported when its first kernel is launched."""
     if impl == "triton":
-        from . import triton_dense, triton_gather, triton_slabs
+        from . import gpu_dense, gpu_gather, gpu_slabs
 
         return Backend(
-            triton_slabs.scan,
-            triton_slabs.new_logits_buffer,
-            triton_slabs.chunk_grads,
-            triton_slabs.recompute,
-            triton_gather.forward,
-            triton_gather.backward,
-            triton_slabs.topk,
-            triton_dense.dense_sums,
-            triton_dense.dense_grads,
-            TRITON_BLOCK_TOKENS,
+            gpu_slabs.scan,
+            gpu_slabs.new_logits_buffer,
+            gpu_slabs.chunk_grads,
+            gpu_slabs.recompute,
+            gpu_gather.forward,
+            gpu_gather.backward,
+            gpu_slabs.topk,
+            gpu_dense.dense_sums,
+            gpu_dense.dense_grads,
+            gpu_slabs.BLOCK_TOKENS,
             topk_needs_buffer=True,
         )
     return Backend(

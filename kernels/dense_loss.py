@@ -49,11 +49,15 @@ def dense(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    device_type: str | None = None,
 ) -> DenseLoss:
-    """Return Σ coef · ℓ, ℓ [N] and the gradients; label_N is negative without a label."""
+    """Return Σ coef · ℓ, ℓ [N] and the gradients; label_N is negative without a label.
+
+    Chunks are chosen for `device_type`, "cpu" or "cuda": by default, that of the tensors.
+    """
     N = hidden_NH.shape[0]
     grad = need_hidden or need_weight or need_bias
-    chunk = max(1, chunk_tokens(head, N, need_weight) // 2)
+    chunk = max(1, chunk_tokens(head, N, need_weight, device_type) // 2)
     dx_NH = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
     dw = torch.empty_like(head.weight, dtype=head.dtype) if need_weight else None
     db = None

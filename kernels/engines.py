@@ -1,7 +1,7 @@
 """The interface of a backend. Losses are written once, over it (`backends.py` picks which).
 
     torch    vocabulary-major slabs, library GEMMs, ordinary PyTorch    (torch_*.py; CPU, CUDA)
-    triton   token-major slabs, library GEMMs, Triton between them      (triton_*.py; CUDA)
+    triton   token-major slabs, library GEMMs, Triton between them      (gpu_*.py; CUDA)
 
 Every function takes the tensors of one block or chunk of tokens, and the LM head.
 """
@@ -14,11 +14,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .head import Scanned
-
-# Sizes of the Triton backend, here because they need no Triton.
-TRITON_BLOCK_TOKENS = 2048
-TRITON_RECOMPUTE_BYTES = 64 << 20
-TRITON_SLAB_COLUMNS = (64, 4096)
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -49,9 +44,3 @@ class Backend(NamedTuple):
     dense_grads: Callable[..., None]
     block_tokens: int
     topk_needs_buffer: bool
-
-
-def triton_slab_columns(vocab: int) -> int:
-    """A power of two that fits one program and is less than the vocabulary."""
-    low, high = TRITON_SLAB_COLUMNS
-    return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))

@@ -203,14 +203,29 @@ def blocks(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def chunk_tokens(head: LMHead, tokens: int, weight_grad: bool) -> int:
-    """Return the tokens per chunk of the fused loss.
+def vocabulary_slabs(head: LMHead, rows: int) -> Iterator[slice]:
+    """Slices of the vocabulary; on the meta device the first three and the last.
+
+    There only the memory counts. It is the same from the third slab on: the first allocates what
+    the others reuse, and the second still holds tensors of the first.
+    """
+    starts: Sequence[int] = range(0, head.vocab_size, rows)
+    if head.weight.is_meta and len(starts) > 4:
+        starts = (*starts[:3], starts[-1])
+    for start in starts:
+        yield slice(start, min(start + rows, head.vocab_size))
+
+
+def chunk_tokens(
+    head: LMHead, tokens: int, weight_grad: bool, device_type: str | None = None
+) -> int:
+    """Return the tokens per chunk of the fused loss on a device, that of the head by default.
 
     The logits of a chunk plus the weight gradient stay below SHARE_OF_MATERIALIZED of three fp32
     [N, V] and within CHUNK_BYTES. A chunk has enough tokens that reading W does not dominate. Two
     chunks are preferred if they fit: a bfloat16 dW then needs no fp32 accumulator.
     """
-    low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
+    low, high = CHUNK_BYTES.get(device_type or head.weight.device.type, CHUNK_BYTES["cuda"])
     row_bytes = head.vocab_size * head.dtype.itemsize
     share = int(SHARE_OF_MATERIALIZED * 3 * tokens * row_bytes)
     floor = max(low, MIN_CHUNK_TOKENS * row_bytes)

@@ -113,6 +113,7 @@ def fused(
     combine: Callable[[Stats], Stats] | None = None,
     chunk: int | None = None,
     filter_eps: float | None = None,
+    device_type: str | None = None,
 ) -> FusedLoss:
     """Loss, statistics and gradients in one pass over chunks of tokens.
 
@@ -123,11 +124,14 @@ def fused(
         combine: maps the statistics of this shard to those of the whole vocabulary.
         chunk: tokens per chunk; the same for all shards.
         filter_eps: skip gradient tiles below filter_eps times the largest factor.
+        device_type: "cpu" or "cuda": the device for which chunks are chosen, that of the tensors by
+            default.
     """
     N, _H = hidden_NH.shape
     grad = need_hidden or need_weight or need_bias
-    chunk = chunk or chunk_tokens(head, N, need_weight)
-    max_chunks = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
+    device_type = device_type or hidden_NH.device.type
+    chunk = chunk or chunk_tokens(head, N, need_weight, device_type)
+    max_chunks = CARRIED_CHUNKS.get(device_type, 4)
     dw_rounded = head.weight.dtype == head.dtype or (
         sums_in_16_bits(head.weight.dtype) and chunk * max_chunks >= N
     )

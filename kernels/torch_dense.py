@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .divergences import call_divergence, floor_of, resolve
-from .head import DenseRows, LMHead, blocks
+from .head import DenseRows, LMHead, vocabulary_slabs
 from .token_loss import LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
 
@@ -38,7 +38,7 @@ def dense_sums(
     D = torch.zeros_like(lse_n)
     total = torch.zeros_like(lse_n)
     rows = V if callable(options.divergence) else 4096
-    for at in blocks(V, rows):
+    for at in vocabulary_slabs(head, rows):
         lq = (u_Vn[at] / T).sub_(lse_n)
         lp = (psi_Vn[at] / T).sub_(teacher_lse_n).clamp_(min=floor)
         if isinstance(options.divergence, str):
@@ -86,7 +86,7 @@ def dense_grads(
     dx_Hn = None
     if dx is not None:
         dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)
-    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
+    for at in slabs(head, n):
         u = u_Vn[at]
         d = psi_Vn[at].mul_(rows.on_D)
         d -= (u / T).sub_(rows.lse).exp_().mul_(rows.on_q)

@@ -48,7 +48,7 @@ def chunk_grads(
     if dx is not None and not packed:
         dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
     dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab_size * n].view(head.vocab_size, n)
-    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
+    for at in slabs(head, n):
         ds1, after = buffer_V1n[at.start : at.stop + 1], buffer_V1n[at.stop].clone()
         ds = grad_slab_(head, buffer_V1n[at], stats, g.lse_rest, None, g.lse_base)
         slots.clear(at, ds1)
@@ -100,7 +100,7 @@ def recompute(
     g_SN = slot_grads(head, stats.z_ids, grads.z_ids).t().contiguous()
     matmul, slots = Matmul(head, hidden_NH), Slots(ids_NS)
     d_vN1 = hidden_NH.new_empty(0, N, dtype=head.dtype)
-    for at in slabs(head.vocab_size, N, head.dtype.itemsize):
+    for at in slabs(head, N):
         rows = at.stop - at.start
         if d_vN1.shape[0] < rows + 1:
             d_vN1 = d_vN1.new_empty(rows + 1, N)

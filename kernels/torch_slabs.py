@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import LMHead, RunningLSE, Scanned, Stats, Top2, grad_scale_of
+from .head import LMHead, RunningLSE, Scanned, Stats, Top2, grad_scale_of, vocabulary_slabs
 from .row_topk import row_topk
 from .token_loss import ABSENT, NEG
 
@@ -28,12 +28,11 @@ SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a d
 SLAB_ROWS = (64, 4096)
 
 
-def slabs(vocab: int, tokens: int, itemsize: int) -> Iterator[slice]:
+def slabs(head: LMHead, tokens: int) -> Iterator[slice]:
     """Vocabulary slices whose slab stays in cache; a large vocabulary is never one slice."""
     low, high = SLAB_ROWS
-    rows = max(low, min(high, SLAB_BYTES // (itemsize * max(tokens, 1)), -(-vocab // 4)))
-    for start in range(0, vocab, rows):
-        yield slice(start, min(start + rows, vocab))
+    cached = SLAB_BYTES // (head.dtype.itemsize * max(tokens, 1))
+    return vocabulary_slabs(head, max(low, min(high, cached, -(-head.vocab_size // 4))))
 
 
 class Matmul:
@@ -178,7 +177,7 @@ def scan(
     if base and head.temperature != 1.0:
         running_base = RunningLSE.empty(n, u_1n, 1.0, 0)
     top2 = _empty_top2(n, u_1n) if best else None
-    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
+    for at in slabs(head, n):
         rows = at.stop - at.start
         if buffer is not None:
             u_vn1 = logits_view(head, buffer, n)[at.start : at.stop + 1]
@@ -261,7 +260,7 @@ def topk(
     u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
     best_nk, ids_nk = u_1n.new_empty(n, 0), u_1n.new_empty(n, 0, dtype=torch.int64)
     rest_n = u_1n.new_full((n,), -torch.inf)
-    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
+    for at in slabs(head, n):
         rows = at.stop - at.start
         if u_1n.shape[0] < rows:
             u_1n = u_1n.new_empty(rows, n)

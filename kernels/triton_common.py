@@ -1,4 +1,4 @@
-"""Shared by all Triton kernels: names, the shape of a logit, tile sizes, launching.
+"""Shared by all Triton kernels: names and the shape of a logit. Launched by gpu_launch.py.
 
     u = c · tanh(s / c),   s = logit_scale · (raw + b)        (raw = W x from the library GEMM)
 
@@ -23,26 +23,15 @@ variant without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .head import LMHead
 from .token_loss import ABSENT as _ABSENT
 from .token_loss import NEG as _NEG
 
 NEG = tl.constexpr(_NEG)
 ABSENT = tl.constexpr(_ABSENT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-# Columns per program and its warps: 16 fp32 per thread.
-ROW_TILE = {"BV": 4096, "num_warps": 8}
-SLOT_TILE = 64  # slots per block
 
 
 @triton.jit
@@ -69,66 +58,3 @@ def round_to(x, to: tl.constexpr):
         return bits.to(tl.float32, bitcast=True).to(to)
     else:
         return x.to(to)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on the device of `like`; do nothing for an empty grid."""
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(like):
-        kernel[grid](**arguments)
-
-
-def scalars(head: LMHead) -> dict[str, float | bool]:
-    return {
-        "scale": float(head.logit_scale),
-        "cap": 0.0 if head.softcap is None else float(head.softcap),
-        "CAP": head.softcap is not None,
-        "inv_T": 1.0 / head.temperature,
-    }
-
-
-@contextmanager
-def sums_at_scale(
-    grad_scale: Tensor | None, first: bool, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> Iterator[None]:
-    """Context in which products of a scaled dz are written to dX and added to dW and db.
-
-    On entry the sums are multiplied by `grad_scale`, on exit they and dX are divided by it.
-    """
-    sums = [t for t in (dw, db) if t is not None]
-    if grad_scale is not None and not first:
-        for t in sums:
-            t.mul_(grad_scale)
-    yield
-    if grad_scale is not None:
-        for t in sums if dx is None else [dx, *sums]:
-            t.div_(grad_scale)
-
-
-def product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right in fp32 (fp64 from fp64), whatever the operands.
-
-    On a CPU (the interpreter) the library has no such product of 16-bit operands: they are widened
-    first, which is exact.
-    """
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
-
-
-def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
-    """out = (first) or += left @ right, summed in fp32 and rounded to out's type once."""
-    if first and out.dtype != left.dtype:
-        product(left, right, out)
-    elif left.is_cuda and out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=0 if first else 1, out=out)
-    elif left.is_cuda:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    else:
-        wide = torch.promote_types(out.dtype, torch.float32)
-        part = torch.mm(left.to(wide), right.to(wide))
-        out.copy_(part if first else part.add_(out))

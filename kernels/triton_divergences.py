@@ -6,12 +6,8 @@ constexpr. `w` is β or the skew, a run-time number. log-probabilities are finit
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from .divergences import plain_name
 
 
 @triton.jit
@@ -69,18 +65,3 @@ def skew_reverse_kl(lp, lq, w):
     lm = log_mix(lp, lq, 1.0 - w)
     q = tl.exp(lq)
     return q * (lq - lm), q * (lq - lm + 1.0 - w * tl.exp(lq - lm))
-
-
-def divergence_function(name: str, beta: float, skew: float) -> tuple[Any, float]:
-    """(the function of divergence `name`, its w); at the ends of β and skew it is a KL."""
-    name = plain_name(name, beta, skew)
-    functions = {
-        "forward_kl": forward_kl,
-        "reverse_kl": reverse_kl,
-        "jsd": jsd,
-        "tvd": tvd,
-        "hellinger": hellinger,
-        "skew_forward_kl": skew_forward_kl,
-        "skew_reverse_kl": skew_reverse_kl,
-    }
-    return functions[name], beta if name == "jsd" else skew

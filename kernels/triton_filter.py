@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, launch, round_to
+from .gpu_launch import launch
+from .triton_common import INTERPRETED, round_to
 
 FILTER_TILE = {"BN": 128, "BV": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
 
@@ -159,7 +160,7 @@ def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
     grid = (triton.cdiv(n, FILTER_TILE["BN"]), triton.cdiv(v, FILTER_TILE["BV"]))
     live = torch.zeros(grid, dtype=torch.int32, device=dz_nv.device)
     launch(
-        mark_live,
+        "triton_filter:mark_live",
         grid,
         dz_nv,
         p_dz=dz_nv,
@@ -189,7 +190,7 @@ def hidden_product(dz_nv: Tensor, weight_vH: Tensor, live: Tensor) -> Tensor:
     dx = dz_nv.new_empty(n, H, dtype=torch.float32)
     BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
     launch(
-        filtered_hidden,
+        "triton_filter:filtered_hidden",
         (live.shape[0], triton.cdiv(H, BH)),
         dz_nv,
         p_dz=dz_nv,
@@ -216,7 +217,7 @@ def add_weight_product(
     order, count = _sort_tiles(live.t())
     BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
     launch(
-        filtered_weight,
+        "triton_filter:filtered_weight",
         (live.shape[1], triton.cdiv(H, BH)),
         dz_nv,
         p_dz=dz_nv,

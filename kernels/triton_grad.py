@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .head import LMHead, Stats
-from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, round_to, scalars, shape_logits
+from .triton_common import ABSENT, round_to, shape_logits
 
 
 @triton.jit
@@ -102,51 +100,3 @@ def grad_rows(
             m_in_slab = (b_ids >= v0) & (b_ids < v0 + v)
             b_g = tl.load(p_row_g + o_slots, mask=m_in_slab, other=0.0)
             tl.store(p_dz + (b_ids - v0), round_to(b_g, p_dz.dtype.element_ty), mask=m_in_slab)
-
-
-def grad_rows_(
-    head: LMHead,
-    raw_nv: Tensor,
-    v0: int,
-    ids_nS: Tensor,
-    g_nS: Tensor,
-    stats: Stats,
-    grads: Stats,
-) -> Tensor:
-    """dz [n, v] in the head's own type, in raw's memory (rows as far apart as raw's were).
-
-    grads hold d lse_rest, d mean_rest and d lse_base per token; g_nS is d(W x) at distinct ids.
-    """
-    n, v = raw_nv.shape
-    S, T, scale = ids_nS.shape[1], head.temperature, head.logit_scale
-    wide, low = raw_nv.element_size(), head.weight.element_size()
-    out = raw_nv if wide == low else raw_nv.view(head.weight.dtype)[:, :v]
-    mean = grads.mean_rest is not None and stats.mean_rest is not None
-    base = grads.lse_base is not None and stats.lse_base is not None
-    g_mean, g_base = grads.mean_rest, grads.lse_base
-    launch(
-        grad_rows,
-        (n,),
-        raw_nv,
-        p_raw=raw_nv,
-        p_dz=out,
-        p_bias=head.bias,
-        p_ids=ids_nS,
-        p_g_slots=g_nS,
-        p_lse_rest=stats.lse_rest,
-        p_g_rest=grads.lse_rest * (scale / T),
-        p_mean_rest=stats.mean_rest if mean else None,
-        p_g_mean=g_mean * (scale / T) if mean and g_mean is not None else None,
-        p_lse_base=stats.lse_base if base else None,
-        p_g_base=g_base * scale if base and g_base is not None else None,
-        ld_raw=raw_nv.stride(0),
-        ld_dz=out.stride(0),
-        v=v,
-        v0=v0,
-        S=S,
-        **scalars(head),
-        BV=min(ROW_TILE["BV"], triton.next_power_of_2(v)),
-        SB=min(SLOT_TILE, triton.next_power_of_2(max(S, 1))),
-        num_warps=ROW_TILE["num_warps"],
-    )
-    return out

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from .triton_common import INTERPRETED, launch, round_to
+from .gpu_launch import launch
+from .triton_common import INTERPRETED, round_to
 
 EXPAND_TILE = {"BB": 512, "num_warps": 4}  # bytes per program
 ROW_TILE = {"BK": 2048, "num_warps": 8}
@@ -279,7 +280,7 @@ def _expand(
         raise ValueError(f"row_inv: expected with int8 or fp8 results only, got {out.dtype}")
     options: dict[str, Any] = EXPAND_TILE | EXACT
     launch(
-        expand,
+        "triton_quant:expand",
         (triton.cdiv(out.numel(), 2 * EXPAND_TILE["BB"]),),
         out,
         p_q=qdata,
@@ -310,7 +311,7 @@ def quantize_rows(
     BK = min(ROW_TILE["BK"], max(16, triton.next_power_of_2(cols)))
     options: dict[str, Any] = ROW_TILE | EXACT | {"BK": BK}
     launch(
-        quantize_row,
+        "triton_quant:quantize_row",
         (rows,),
         x,
         p_x=x,

@@ -9,19 +9,10 @@ the tail is summed without them, and a stored chunk marks where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .head import LMHead, RunningLSE, Scanned, Top2
-from .token_loss import NEG as _NEG
-from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shape_logits
-
-# Without this bound ptxas spills two registers to fit one more program.
-REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
+from .triton_common import ABSENT, NEG, shape_logits
 
 
 @triton.jit
@@ -155,87 +146,3 @@ def reduce_slab(
             b_n_above = tl.load(p_n_above + i_row, mask=not is_first, other=0)
             b_n_more = tl.sum((m_valid & (b_u > tl.load(p_label_u + i_row))).to(tl.int32), 0)
             tl.store(p_n_above + i_row, b_n_above + b_n_more)
-
-
-class Running:
-    """Running statistics of n tokens, updated slab by slab."""
-
-    def __init__(
-        self,
-        head: LMHead,
-        ids_nS: Tensor,
-        moments: int,
-        base: bool,
-        best: bool,
-        label_u_n: Tensor | None,
-    ) -> None:
-        self.head, self.moments, self.label_u = head, moments, label_u_n
-        self.ids = ids_nS.contiguous()
-        n, S = ids_nS.shape
-        new = head.weight.new_empty
-        self.u_slots = torch.full((n, S), _NEG, dtype=head.dtype, device=head.weight.device)
-        self.top = new(n, dtype=head.dtype)
-        self.sums = new(moments + 1, n, dtype=head.dtype)
-        self.base = base and head.temperature != 1.0
-        self.base_rows = new(2 if self.base else 0, n, dtype=head.dtype)
-        self.best = best
-        self.best_u = new(n if best else 0, 2, dtype=head.dtype)
-        self.best_id = new(n if best else 0, dtype=torch.int64)
-        self.above = torch.zeros_like(self.best_id)
-
-    def block(self, rows: slice) -> Callable[[slice, Tensor], None]:
-        """A function (columns, raw products [n, v] of these tokens) that reduces one slab.
-
-        Slots in the slab become NEG. Arguments that do not change from slab to slab are built once:
-        at small H the host has little more than 50 µs per slab.
-        """
-        S = self.ids.shape[1]
-        constant = {
-            "p_bias": self.head.bias,
-            "p_ids": self.ids[rows],
-            "p_label_u": None if self.label_u is None else self.label_u[rows],
-            "p_u_slots": self.u_slots[rows],
-            "p_max": self.top[rows],
-            "p_sums": self.sums[:, rows],
-            "p_base_max": self.base_rows[0, rows] if self.base else None,
-            "p_base_sum": self.base_rows[1, rows] if self.base else None,
-            "p_best": self.best_u[rows] if self.best else None,
-            "p_best_id": self.best_id[rows] if self.best else None,
-            "p_n_above": self.above[rows] if self.best else None,
-            "n": self.ids.shape[0],
-            "S": S,
-            **scalars(self.head),
-            "MOMENTS": self.moments,
-            "BASE": self.base,
-            "BEST": self.best,
-            "SB": min(SLOT_TILE, triton.next_power_of_2(max(S, 1))),
-            **REDUCE_TILE,
-        }
-
-        def reduce(at: slice, slab_nv: Tensor) -> None:
-            v = at.stop - at.start
-            launch(
-                reduce_slab,
-                (slab_nv.shape[0],),
-                slab_nv,
-                p_slab=slab_nv,
-                ld_slab=slab_nv.stride(0),
-                v=v,
-                v0=at.start,
-                BV=triton.next_power_of_2(v),
-                **constant,
-            )
-
-        return reduce
-
-    def scanned(self) -> Scanned:
-        T = self.head.temperature
-        base = None
-        if self.base:
-            base = RunningLSE(self.base_rows[0], [self.base_rows[1]], 1.0)
-        return Scanned(
-            self.u_slots,
-            RunningLSE(self.top, list(self.sums), T),
-            base,
-            Top2(self.best_u, self.best_id, self.above) if self.best else None,
-        )

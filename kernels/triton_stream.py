@@ -2,7 +2,7 @@
 
     raw = W x on the matrix units, tile by tile; each tile goes from registers into the running sums
 
-It is faster for small H: the slab of triton_slabs.py costs 8 bytes of L2 traffic per logit for any
+It is faster for small H: the slab of gpu_slabs.py costs 8 bytes of L2 traffic per logit for any
 H, this kernel costs a GEMM somewhat slower than the library's. A program owns a block of tokens and
 walks one part of the vocabulary (persistent: about one program per multiprocessor). The partial
 sums [parts, N] are merged in a fixed order. Nothing of size V leaves the chip.
@@ -19,19 +19,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .gpu_launch import launch, scalars
 from .head import LMHead, RunningLSE, Scanned, Top2
 from .token_loss import ABSENT as _ABSENT
 from .token_loss import NEG as _NEG
-from .triton_common import INTERPRETED, NEG, launch, scalars, shape_logits
+from .triton_common import INTERPRETED, NEG, shape_logits
 from .triton_reduce import rescale
 
 NO_ID = 2**31 - 1
 END = tl.constexpr(NO_ID)
-# By compute capability: the largest hidden size at which this beats the slab, from a model (8 bytes
-# of L2 per logit against a GEMM at 0.65 of the library's speed; not measured yet). Below 9 there is
-# no copy engine and descriptors become loads that do not overlap: slabs are used.
-# The tiles are the largest that ptxas compiles without a spill, without and with scores.
-STREAM_UP_TO: dict[int | str, int] = {9: 1024, 10: 1024}
+# The largest that ptxas compiles without a spill, without and with scores.
 LIGHT = {"BN": 128, "BV": 128, "BH": 64, "num_warps": 8, "num_stages": 3}
 HEAVY = LIGHT | {"BN": 64}
 MAX_SPLITS = 16
@@ -192,19 +189,6 @@ def stream(
         tl.store(p_n_above + o_out, b_n_above, mask=m_rows)
 
 
-def is_faster(head: LMHead, hidden_nH: Tensor) -> bool:
-    """Whether to stream: a small 16-bit head whose rows the copy engine can address."""
-    if head.weight.element_size() != 2 or hidden_nH.shape[0] == 0:
-        return False
-    H = head.weight.shape[1]
-    if H * 2 % 16 or head.weight.data_ptr() % 16 or hidden_nH.data_ptr() % 16:
-        return False
-    kind: int | str = "interpreted"  # in no table; tests add it
-    if hidden_nH.is_cuda:
-        kind = torch.cuda.get_device_capability(hidden_nH.device)[0]
-    return H <= STREAM_UP_TO.get(kind, 0)
-
-
 def splits(blocks: int, tiles: int, device: torch.device) -> int:
     """The number of vocabulary parts such that one wave of programs fills the GPU."""
     units = 8
@@ -235,7 +219,7 @@ def scan(
     best: bool,
     label_u_n: Tensor | None,
 ) -> Scanned:
-    """The result of triton_slabs.scan, computed without a slab."""
+    """The result of gpu_slabs.scan, computed without a slab."""
     (n, H), S, T = hidden_nH.shape, ids_nS.shape[1], head.temperature
     base = base and T != 1.0
     tile = HEAVY if best else LIGHT
@@ -253,7 +237,7 @@ def scan(
     best_id = new(parts if best else 0, n, dtype=torch.int32)
     above = torch.zeros_like(best_id)
     launch(
-        stream,
+        "triton_stream:stream",
         (triton.cdiv(n, BN), parts),
         hidden_nH,
         d_x=TensorDescriptor.from_tensor(hidden_nH, [BN, BH]),

@@ -99,6 +99,15 @@ def test_kernels_import_torch_triton_and_siblings_only(path: Path):
             assert allowed, f"{where(path, line)}: kernels may not import {target}"
 
 
+def test_the_host_code_imports_no_triton():
+    """It runs where there is none: on a CPU, and in a plan for a GPU."""
+    for path in sources("kernels"):
+        for target, line, in_function in imports_of(path):
+            needs_triton = target.startswith(("triton", "fastdistill.kernels.triton_"))
+            if needs_triton and not path.name.startswith("triton_"):
+                assert in_function, f"{where(path, line)} imports {target}"
+
+
 def test_reference_is_imported_only_when_asked_for():
     for path in MODULES:
         for target, line, in_function in imports_of(path):

@@ -96,28 +96,29 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
     driver.set_active(pretend)
     seen: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
 
-    def launch(kernel: Any, grid: Any, like: Any, **options: Any) -> None:
+    def launch(name: str, grid: Any, like: Any, **options: Any) -> None:
         if 0 not in grid:
+            kernel = jitted(name)
             seen.setdefault((kernel.__name__, describe(kernel, options)), (kernel, options))
 
-    from fastdistill.kernels import triton_quant, triton_stream
+    from fastdistill.kernels import gpu_slabs, triton_filter, triton_quant, triton_stream
     from fastdistill.kernels.backends import get_backend
+    from fastdistill.kernels.gpu_launch import jitted
 
     get_backend("triton")
 
-    modules = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.triton_")]
-    for module in modules:
-        if hasattr(module, "launch"):
-            vars(module)["launch"] = launch
+    gpu = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.gpu_")]
+    for module in (*gpu, triton_filter, triton_quant, triton_stream):
+        vars(module)["launch"] = launch
     run_everything()
-    triton_stream.STREAM_UP_TO["interpreted"] = 10**6
+    gpu_slabs.STREAM_UP_TO["interpreted"] = 10**6
     run_streamed()
     run_quantised(triton_quant)
     return [
         compiled(kernel, target, pretend, options)
         for kernel, options in seen.values()
         for target in targets
-        if kernel.__name__ != "stream" or target // 10 in triton_stream.STREAM_UP_TO
+        if kernel.__name__ != "stream" or target // 10 in gpu_slabs.STREAM_UP_TO
     ]
 
 

@@ -60,15 +60,15 @@ def counted(monkeypatch):
         flops.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
 
     def launch(kernel, grid, *args, **options):
-        launches.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
+        launches.append(kernel)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("fastdistill.kernels.triton_"):
+        if name.startswith("fastdistill.kernels.gpu_"):
             for attribute, stand_in in (
                 ("product", product),
                 ("add_product", product),
                 ("launch", launch),
-                ("is_faster", lambda *args: False),
+                ("streams", lambda *args: False),
             ):
                 if hasattr(module, attribute):
                     monkeypatch.setattr(module, attribute, stand_in)

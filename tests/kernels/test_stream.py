@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastdistill as fd
+from fastdistill.kernels import gpu_slabs
 from helpers.cases import case, top_k
 from helpers.present import present
 from helpers.tolerances import assert_close
@@ -22,7 +23,7 @@ def streamed(monkeypatch):
         launch(*args, **options)
 
     monkeypatch.setattr(stream, "launch", counted)
-    monkeypatch.setattr(stream, "STREAM_UP_TO", dict.fromkeys([9, 10, "interpreted"], 10**6))
+    monkeypatch.setattr(gpu_slabs, "STREAM_UP_TO", dict.fromkeys([9, 10, "interpreted"], 10**6))
     if not torch.cuda.is_available():
         small = {"BN": 16, "BV": 32, "BH": 16, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr(stream, "LIGHT", small)

@@ -54,7 +54,7 @@ def _logits(hidden_nH: Tensor, head: LMHead) -> Tensor:
     """Return logits [V, n] in fp32."""
     matmul, n = Matmul(head, hidden_nH), len(hidden_nH)
     u_Vn = hidden_nH.new_empty(head.vocab_size, n, dtype=head.dtype)
-    for at in slabs(head.vocab_size, n, u_Vn.element_size()):
+    for at in slabs(head, n):
         matmul.logits(at, u_Vn[at])
     return u_Vn
 

@@ -1,38 +1,37 @@
 """Peak memory of the loss in bytes, without the gradients that it returns.
 
-    N targets · H hidden size · V vocabulary · S slots of a token (its K answers and the label)
-    n tokens of a chunk, as in the loss itself · v vocabulary rows of a slab · computed in fp32
-
-    fused        4nV + dW while summed + 4nH + 4nS · (tensors on a chunk's slots)
-    recompute    4vN + 4NH (dX while summed) + 4NS · (tensors on all slots)
-    dense        8nV + 4VH + 4NH, with n half a chunk
-    top k        4nV on a GPU, slabs on a CPU
-
-On a CPU the products of 16-bit heads also need fp32 copies of the slab of W and of the hidden
-states, and the slots are gathered in pieces. tests/training/plan/test_plan_head.py compares each
-formula with the kernels' own code, run on tensors without data.
+The host code of the kernels runs on the meta device: it allocates what it allocates on a device,
+and LiveMemory counts it. Products and kernels do nothing there, Triton is not imported, and a loop
+over the vocabulary takes four slabs (`vocabulary_slabs`). All tokens have labels, as in training.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from ...kernels import dense_loss, lse_gather, topk_loss
 from ...kernels import topk as topk_kernel
-from ...kernels.backends import CPU_BLOCK_TOKENS
-from ...kernels.engines import TRITON_BLOCK_TOKENS, TRITON_RECOMPUTE_BYTES, triton_slab_columns
-from ...kernels.head import LMHead, chunk_tokens, sums_in_16_bits
-from ...kernels.topk_loss import CARRIED_CHUNKS
-from ...kernels.torch_gather import GATHER_BYTES
-from ...kernels.torch_slabs import slabs
+from ...kernels.backends import get_backend
+from ...kernels.engines import Backend
+from ...kernels.head import LMHead, Stats, needed
+from ...kernels.token_loss import (
+    Gathered,
+    LossOptions,
+    TeacherTopK,
+    entropy_of,
+    first_slots,
+    lse_of,
+    token_loss_forward,
+)
+from ...losses.arguments import to_teacher_rows
+from ...losses.types import TopK
+from .meta_memory import LiveMemory
 
-ACCUMULATOR = 4
-# Number of fp32 tensors on a token's slots that are alive at once, in the loss and in its
-# recomputation.
-_LOSS_TENSORS, _RECOMPUTE_TENSORS = 20, 9
-# On a CPU, number of slabs of logits in a dense divergence of two heads, and in a pass of moments.
-_SLABS_OF_SUMS, _SLABS_OF_MOMENTS = 6, 5
+_OPTIONS = LossOptions()
 
 
 class HeadShape(NamedTuple):
@@ -44,110 +43,148 @@ class HeadShape(NamedTuple):
     device: str  # "cpu" or "cuda"
     trained: bool = True  # whether the loss computes its gradient
 
-    @property
-    def weight(self) -> int:
-        """Bytes of the weight, and of its returned gradient."""
-        return self.V * self.H * self.dtype.itemsize
+    def operands(self, N: int) -> tuple[LMHead, Tensor]:
+        """Return the head and N hidden states, without data."""
+        head = LMHead(torch.empty(self.V, self.H, dtype=self.dtype, device="meta"))
+        return head, head.weight.new_empty(N, self.H)
 
     @property
-    def narrow(self) -> bool:
-        return self.dtype.itemsize < ACCUMULATOR
+    def backend(self) -> Backend:
+        return get_backend("triton" if self.device == "cuda" else "torch")
 
-    def chunk(self, N: int) -> int:
-        """Return the number of tokens in a chunk of the fused loss."""
-        device = self.device if self.device == "cpu" else "meta"  # has the limits of a GPU
-        weight = torch.empty(1, dtype=self.dtype, device=device).expand(self.V, self.H)
-        return min(N, chunk_tokens(LMHead(weight), N, self.trained))
-
-    def rows(self, tokens: int) -> int:
-        """Return the number of vocabulary rows in a slab on a CPU."""
-        return int(next(slabs(self.V, tokens, ACCUMULATOR)).stop)
+    @property
+    def needed(self) -> dict[str, Any]:
+        return needed((True, self.trained, False))
 
 
 class LossMemory(NamedTuple):
-    """Bytes inside the loss, without hidden states, weight and returned gradients.
+    """Bytes inside the loss, without hidden states, weight, answers and returned gradients.
 
-    `forward` may be reached before dW exists in its final type.
+    `forward` may be reached before dW exists in its final type, and includes it.
     """
 
     forward: int
     backward: int
 
 
-def fused(head: HeadShape, N: int, S: int) -> LossMemory:
-    """Return the memory of the fused loss.
-
-    It is the larger of two: logits of a chunk (4nV), dW in fp32 unless summed in its own type, and
-    the slots' tensors; or dW in both types, after the logits are freed.
-    """
-    n = head.chunk(N)
-    in_16_bits = sums_in_16_bits(head.dtype)
-    carried = not head.narrow or (in_16_bits and n * CARRIED_CHUNKS[head.device] >= N)
-    summed = head.trained * (head.weight if carried else head.V * head.H * ACCUMULATOR)
-    peak = n * head.V * ACCUMULATOR + summed + _LOSS_TENSORS * n * S * ACCUMULATOR
-    if head.narrow and not in_16_bits:
-        peak += N * head.H * (ACCUMULATOR - head.dtype.itemsize)  # dX is summed in fp32, too
-    hidden_fp32 = n * head.H * ACCUMULATOR
-    if head.device == "cpu":
-        v = head.rows(n)
-        gathered = min(GATHER_BYTES, n * S * head.H * ACCUMULATOR)
-        peak += v * n * ACCUMULATOR if not head.narrow else 0
-        peak += hidden_fp32 if not head.narrow else 2 * hidden_fp32 + v * head.H * ACCUMULATOR
-        peak += gathered * 3 // 2 if in_16_bits else 0
-    else:
-        peak += hidden_fp32 if head.narrow else 0
-    both_types = 0 if carried else summed + head.trained * head.weight
-    return LossMemory(max(peak, both_types), 0)
+@functools.cache
+def fused(shape: HeadShape, N: int, k: int) -> LossMemory:
+    """Return the memory of the fused loss of N tokens with k answers each."""
+    (head, x), answers = shape.operands(N), _Answers.empty(N, k)
+    with LiveMemory(head.weight, x, *answers) as memory, torch.no_grad():
+        ids, teacher = answers.slots()
+        out = topk_loss.fused(
+            shape.backend,
+            head,
+            x,
+            ids,
+            teacher,
+            answers.labels,
+            answers.coef,
+            topk_loss.named_token_loss(_OPTIONS),
+            base=False,
+            entropy=True,
+            **shape.needed,
+            device_type=shape.device,
+        )
+    return LossMemory(memory.peak - _bytes(out.dx), 0)
 
 
-def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
-    """Return the memory of the recomputing loss.
-
-    Forward: slabs. Backward: logits of a slab for all tokens (4vN), and dX in fp32.
-    """
-    slots, hidden_fp32 = _RECOMPUTE_TENSORS * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
-    if head.device == "cpu":
-        v = head.rows(N)
-        backward = v * N * ACCUMULATOR + slots
-        if head.narrow:
-            backward += 2 * hidden_fp32 + 2 * v * head.H * ACCUMULATOR
-        n = min(N, CPU_BLOCK_TOKENS)
-        forward = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
-        return LossMemory(forward + slots, backward)
-    columns = min(triton_slab_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
-    # The slab uses the memory of the returned dX if it fits.
-    is_reused = head.narrow and columns <= head.H // 2
-    backward = (
-        slots
-        + (0 if is_reused else columns * N * ACCUMULATOR)
-        + (hidden_fp32 if head.narrow else 0)
-    )
-    if head.dtype == torch.float16:
-        backward += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
-    return LossMemory(
-        min(N, TRITON_BLOCK_TOKENS) * triton_slab_columns(head.V) * ACCUMULATOR + slots, backward
-    )
+@functools.cache
+def recomputed(shape: HeadShape, N: int, k: int) -> LossMemory:
+    """Return the memory of the loss that recomputes the logits in its backward pass."""
+    (head, x), answers = shape.operands(N), _Answers.empty(N, k)
+    with LiveMemory(head.weight, x, *answers) as memory:
+        ids, teacher = answers.slots()
+        with torch.no_grad():
+            stats = lse_gather.lse_gather(shape.backend, head, x, ids, moment=True, base=False)
+        leaves = [t.requires_grad_() for t in stats if t is not None]
+        loss = _token_losses(stats, ids, teacher, answers)
+        forward, memory.peak = memory.peak, memory.now
+        upstream = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        with torch.no_grad():
+            dx, dw, _ = shape.backend.recompute(
+                head,
+                x,
+                ids,
+                stats,
+                Stats._make((*upstream, None)),
+                **shape.needed,
+                hidden_type=x.dtype,
+            )
+    return LossMemory(forward, memory.peak - _bytes(dx, dw))
 
 
-def dense(head: HeadShape, teacher: HeadShape, N: int) -> LossMemory:
-    """Return the memory of a dense loss: logits of both heads for half a chunk, and gradients."""
-    n = max(1, head.chunk(N) // 2)
-    grads = N * head.H * ACCUMULATOR + head.trained * head.V * head.H * ACCUMULATOR
-    peak = n * (head.V + teacher.V) * ACCUMULATOR + grads
-    if head.device == "cpu":
-        peak += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
-    both_types = grads + head.trained * head.weight if head.narrow else 0
-    # The returned dX is created at the end, after the logits are freed.
-    return LossMemory(max(peak - N * head.H * head.dtype.itemsize, both_types), 0)
+@functools.cache
+def dense(shape: HeadShape, teacher_shape: HeadShape, N: int) -> LossMemory:
+    """Return the memory of the loss of N tokens with the whole vocabulary of a teacher."""
+    (head, x), (teacher, y) = shape.operands(N), teacher_shape.operands(N)
+    coef = _empty(N)
+    with LiveMemory(head.weight, x, teacher.weight, y, coef) as memory, torch.no_grad():
+        out = dense_loss.dense(
+            shape.backend,
+            head,
+            x,
+            teacher,
+            y,
+            None,
+            coef,
+            _OPTIONS,
+            **shape.needed,
+            device_type=shape.device,
+        )
+    return LossMemory(memory.peak - _bytes(out.dx), 0)
 
 
-def topk(head: HeadShape, N: int, k: int) -> int:
-    """Return the memory of a top k: logits of a chunk or slabs, and the answers of N tokens."""
-    answers = N * k * (8 + 2 * ACCUMULATOR)
-    if head.device == "cpu":
-        n = min(N, CPU_BLOCK_TOKENS)
-        v = head.rows(n)
-        copied = v * head.H * ACCUMULATOR if head.narrow else 0
-        return answers + 3 * v * n * ACCUMULATOR + copied
-    step = max(1, min(topk_kernel.CHUNK_BYTES // (head.V * ACCUMULATOR), -(-N // 2)))
-    return answers + step * head.V * ACCUMULATOR
+@functools.cache
+def topk(shape: HeadShape, N: int, k: int) -> int:
+    """Return the memory of a top k of N tokens, with the answers."""
+    head, x = shape.operands(N)
+    with LiveMemory(head.weight, x) as memory, torch.no_grad():
+        topk_kernel.topk(shape.backend, head, x, k)
+    peak: int = memory.peak
+    return peak
+
+
+class _Answers(NamedTuple):
+    """A teacher's answers to N tokens, their labels and their factors in the sum."""
+
+    ids: Tensor  # [N, k]
+    logprobs: Tensor  # [N, k]
+    log_tail: Tensor  # [N]
+    labels: Tensor  # [N]
+    coef: Tensor  # [N]
+
+    @classmethod
+    def empty(cls, N: int, k: int) -> _Answers:
+        return cls(
+            _empty(N, k, dtype=torch.int64),
+            _empty(N, k),
+            _empty(N),
+            _empty(N, dtype=torch.int64),
+            _empty(N),
+        )
+
+    def slots(self) -> tuple[Tensor, TeacherTopK]:
+        """Return the ids, with those of the labels, and the answers for the kernels."""
+        teacher = to_teacher_rows(TopK(*self[:3]), _OPTIONS).teacher
+        return torch.cat([teacher.ids, self.labels.unsqueeze(-1)], -1), teacher
+
+
+def _token_losses(stats: Stats, ids: Tensor, teacher: TeacherTopK, answers: _Answers) -> Tensor:
+    """Return the summed loss; its statistics are computed, too, as in gradient_paths.recomputed."""
+    gathered = Gathered(stats.z_ids, stats.lse_rest, None)
+    rows = token_loss_forward(gathered, teacher, answers.labels, _OPTIONS)
+    assert stats.mean_rest is not None
+    unique = first_slots(ids)
+    lse = lse_of(stats.z_ids, stats.lse_rest, unique)
+    entropy_of(stats.z_ids, stats.lse_rest, stats.mean_rest, lse, unique)
+    return (answers.coef * rows.per_token).sum()
+
+
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)

@@ -132,7 +132,7 @@ class Planner:
             run = head.recomputed if settings.backward == "recompute" else head.fused
             # Without a teacher, the loss has one empty slot in place of answers.
             topk_size = 1 if self.configs["teacher"] is None else min(settings.k, shape.V)
-            work = run(shape, N, topk_size + 1)
+            work = run(shape, N, topk_size)
         return rehearse_step(model, settings, work, self.device)
 
     def teacher_weights(self, settings: Settings) -> QuantizedSize:

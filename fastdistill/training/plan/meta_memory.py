@@ -39,9 +39,7 @@ class MemoryTracker:
     """
 
     def __init__(self, model: nn.Module, device: str, *, padded: bool) -> None:
-        self._live = _LiveMemory()
-        for tensor in (*model.parameters(), *model.buffers()):
-            self._live.storages.add(tensor.untyped_storage()._cdata)
+        self._live = LiveMemory(*model.parameters(), *model.buffers(), limit=MOST_OPERATIONS)
         self._overrides = _MetaOverrides(device, padded)
         self._stack = ExitStack()
 
@@ -75,11 +73,19 @@ def _is_autocast_enabled(*device_type: str) -> bool:
     return device_type != ("meta",) and _autocast(*device_type)
 
 
-class _LiveMemory(TorchDispatchMode):
-    def __init__(self) -> None:
+class LiveMemory(TorchDispatchMode):
+    """Mode that counts the bytes of tensors on the meta device: `now`, and at their `peak`.
+
+    Args:
+        held: tensors that do not count.
+        limit: the most operations that may run; None allows any number.
+    """
+
+    def __init__(self, *held: Tensor, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.operations = 0
-        self.storages: set[int] = set()
+        self.limit = limit
+        self.storages = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(
         self,
@@ -89,10 +95,9 @@ class _LiveMemory(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self.operations += 1
-        if self.operations > MOST_OPERATIONS:
+        if self.limit is not None and self.operations > self.limit:
             raise NotImplementedError(
-                f"more than {MOST_OPERATIONS} operations in one pass: its layers loop over tokens "
-                "here"
+                f"more than {self.limit} operations in one pass: its layers loop over tokens here"
             )
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

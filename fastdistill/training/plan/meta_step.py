@@ -1,7 +1,7 @@
 """Runs a training step and a teacher's pass on tensors without data to measure their memory.
 
 The model's own forward, backward and gradient checkpointing run; the loss is a stand-in with the
-memory of loss_memory.py. So no formula depends on the model family.
+memory of loss_memory.py.
 """
 
 from __future__ import annotations

@@ -1,77 +1,76 @@
-"""The plan's formulas of the loss against the kernels' own code, run on tensors without data."""
+"""The memory of the loss, run without data: against real losses on a CPU, and with all slabs."""
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdistill as fd
-from fastdistill.kernels import triton_slabs
-from fastdistill.kernels.backends import get_backend
-from fastdistill.kernels.head import LMHead
+from benchmarks.memory import peak_mb
+from fastdistill.kernels import gpu_launch, gpu_slabs, torch_dense, torch_slabs
+from fastdistill.kernels.head import LMHead, blocks
 from fastdistill.training.plan import loss_memory as planned
 from fastdistill.training.plan.loss_memory import HeadShape
-from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
-    Alive,
-    counted,
-    dense,
-    fused,
-    recompute,
-    streamed_topk,
-)
 
-SHAPES = [(2048, 512, 32000), (4096, 1024, 151936), (1000, 256, 8000), (8192, 4096, 128256)]
-K = 64
+K = 8
+RUNS: dict[str, Any] = {
+    "fused": lambda shape, N: planned.fused.__wrapped__(shape, N, K),
+    "recomputed": lambda shape, N: planned.recomputed.__wrapped__(shape, N, K),
+    "dense": lambda shape, N: planned.dense.__wrapped__(shape, shape, N),
+    "topk": lambda shape, N: planned.topk.__wrapped__(shape, N, K),
+}
 
 
-def count(impl, run, dtype, N, H, V):
-    """Bytes at the peak, gradients included."""
-    with FakeTensorMode(), torch.no_grad():
-        x, w = torch.empty(N, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
-        t = fd.TopK(torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N))
-        coef = torch.empty(N)
-        with Alive(x, w, *t[:3], coef) as alive:
-            run(get_backend(impl), LMHead(w), x, t, coef)
-    return alive.peak
+def all_slabs(head: LMHead, rows: int) -> Iterator[slice]:
+    return blocks(head.vocab_size, rows)
 
 
-def expected(device, run, dtype, N, H, V):
-    head = HeadShape(V, H, dtype, device)
-    dx, dw = N * H * dtype.itemsize, head.weight
-    return {
-        "fused": lambda: dx + max(dw, planned.fused(head, N, K).forward),
-        "recompute": lambda: dx + dw + planned.recomputed(head, N, K).backward,
-        "dense": lambda: dx + max(dw, planned.dense(head, head, N).forward),
-        "streamed_topk": lambda: planned.topk(head, N, K),
-    }[run.__name__]()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", RUNS)
+def test_four_slabs_use_the_memory_of_all(name, device, monkeypatch):
+    monkeypatch.setattr(gpu_launch, "jitted", None)  # no kernel is launched or imported
+    shapes = [
+        (HeadShape(V, 64, dtype, device), N)
+        for V, N, dtype in (
+            (30_000, 200, torch.bfloat16),
+            (24_001, 70, torch.float16),
+        )
+    ]
+    rehearsed = [RUNS[name](*shape) for shape in shapes]
+    for module in (gpu_slabs, torch_dense, torch_slabs):
+        monkeypatch.setattr(module, "vocabulary_slabs", all_slabs)
+    assert rehearsed == [RUNS[name](*shape) for shape in shapes]
 
 
-CASES = [
-    (device, run, dtype, shape)
-    for device in ("cpu", "cuda")
-    for run in (fused, recompute, dense, streamed_topk)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for shape in SHAPES
-    # So many slabs take too long to count; a GPU's are larger.
-    if device == "cuda" or shape[0] < 4096
-]
+def measured(name: str, dtype: torch.dtype, N: int, H: int, V: int) -> float:
+    """Bytes that the public function adds at its peak on a CPU, gradients included."""
+    x, w = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
+    teacher = fd.linear_topk(x, w, K)
+    labels = torch.zeros(N, dtype=torch.int64)
+    x, w = x.requires_grad_(), w.requires_grad_()
+
+    def run():
+        if name == "topk":
+            fd.linear_topk(x, w, K)
+        elif name == "dense":
+            fd.linear_distill_loss(x, w, x.detach(), w.detach()).backward()
+        else:
+            backward = {"fused": "fused", "recomputed": "recompute"}[name]
+            fd.topk_distill(x, w, teacher, labels=labels, backward=backward).loss.backward()
+        x.grad = w.grad = None
+
+    return 1e6 * peak_mb(run)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1].__name__}-{c[2]}-{c[3][0]}")
-def test_formulas_are_what_the_kernels_hold(case, request, monkeypatch):
-    device, run, dtype, shape = case
-    if device == "cuda":
-        request.getfixturevalue("counted")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    held = count("triton" if device == "cuda" else "torch", run, dtype, *shape)
-    # Half a slab, or what stands on the slots, is no part of the formulas.
-    assert expected(*case[:3], *shape) == pytest.approx(held, rel=0.05, abs=5e6)
-
-
-def test_the_triton_kernels_still_have_these_sizes():
-    kernels, plan = cast(Any, (triton_slabs, planned))
-    assert kernels.TRITON_BLOCK_TOKENS == plan.TRITON_BLOCK_TOKENS
-    assert kernels.TRITON_RECOMPUTE_BYTES == plan.TRITON_RECOMPUTE_BYTES
-    for vocab in (50, 3000, 128256):
-        assert kernels.triton_slab_columns(vocab) == plan.triton_slab_columns(vocab)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_rehearsal_is_what_a_cpu_holds(name, dtype):
+    N, H, V = 256, 96, 9_000
+    dx, dw = N * H * dtype.itemsize, V * H * dtype.itemsize
+    memory = RUNS[name](HeadShape(V, H, dtype, "cpu"), N)
+    if name == "topk":
+        expected = memory
+    else:
+        expected = max(dx + max(memory.forward, dw), dx + dw + memory.backward)
+    assert expected == pytest.approx(measured(name, dtype, N, H, V), rel=0.05)

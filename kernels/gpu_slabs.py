@@ -16,13 +16,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton_filter, triton_gather, triton_stream
-from .engines import TRITON_BLOCK_TOKENS, TRITON_RECOMPUTE_BYTES, triton_slab_columns
-from .head import LMHead, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
+from . import gpu_gather
+from .gpu_launch import add_product, product, sums_at_scale
+from .gpu_rows import Running, grad_rows_
+from .head import (
+    LMHead,
+    RunningLSE,
+    Scanned,
+    Stats,
+    blocks,
+    scaled_grads,
+    slot_grads,
+    vocabulary_slabs,
+)
 from .token_loss import Gathered
-from .triton_common import add_product, product, sums_at_scale
-from .triton_grad import grad_rows_
-from .triton_reduce import Running
+
+BLOCK_TOKENS = 2048
+RECOMPUTE_BYTES = 64 << 20
+SLAB_COLUMNS = (64, 4096)
+# By compute capability: the largest hidden size at which triton_stream.py beats the slab, from a
+# model (8 bytes of L2 per logit against a GEMM at 0.65 of the library's speed; not measured yet).
+# Below 9 there is no copy engine and descriptors become loads that do not overlap.
+STREAM_UP_TO: dict[int | str, int] = {9: 1024, 10: 1024}
+
+
+def slab_columns(vocab: int) -> int:
+    """A power of two that fits one program and is less than the vocabulary."""
+    low, high = SLAB_COLUMNS
+    return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
+
+
+def streams(head: LMHead, hidden_nH: Tensor) -> bool:
+    """Whether to stream: a small 16-bit head whose rows the copy engine can address."""
+    if head.weight.element_size() != 2 or hidden_nH.shape[0] == 0:
+        return False
+    H = head.weight.shape[1]
+    if H * 2 % 16 or head.weight.data_ptr() % 16 or hidden_nH.data_ptr() % 16:
+        return False
+    kind: int | str = "interpreted"  # in no table; tests add it
+    if hidden_nH.is_cuda:
+        kind = torch.cuda.get_device_capability(hidden_nH.device)[0]
+    return H <= STREAM_UP_TO.get(kind, 0)
 
 
 def new_logits_buffer(head: LMHead, tokens: int) -> Tensor:
@@ -48,7 +82,9 @@ def scan(
 ) -> Scanned:
     """One pass over the head; a buffer receives the raw products, with NEG in the slots."""
     n = hidden_nH.shape[0]
-    if buffer is None and triton_stream.is_faster(head, hidden_nH):
+    if buffer is None and streams(head, hidden_nH):
+        from . import triton_stream
+
         return triton_stream.scan(
             head,
             hidden_nH,
@@ -59,18 +95,16 @@ def scan(
             label_u_n=label_u_n,
         )
     running = Running(head, ids_nS, moments, base, best, label_u_n)
-    columns = triton_slab_columns(head.vocab_size)
+    columns = slab_columns(head.vocab_size)
     slab = None
-    for rows in blocks(n, TRITON_BLOCK_TOKENS):
+    for rows in blocks(n, BLOCK_TOKENS):
         x, reduce = hidden_nH[rows], running.block(rows)
-        for at in blocks(head.vocab_size, columns):
+        for at in vocabulary_slabs(head, columns):
             if buffer is not None:
                 raw = logits_view(head, buffer, n)[rows, at]
             else:
                 if slab is None:
-                    slab = head.weight.new_empty(
-                        min(n, TRITON_BLOCK_TOKENS), columns, dtype=head.dtype
-                    )
+                    slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
                 raw = slab[: x.shape[0], : at.stop - at.start]
             product(x, head.weight[at].t(), raw)
             reduce(at, raw)
@@ -146,16 +180,18 @@ def _add_grads(
     )
     weight = head.weight[: head.vocab_size]
     if filter_threshold is not None:
+        from . import triton_filter
+
         live = triton_filter.live_tiles(dz, filter_threshold)
         if db is not None:
             db += dz.sum(0, dtype=db.dtype)
         if dw is not None:
             triton_filter.add_weight_product(dz, hidden_nH, live, dw, first)
         if dw is not None or db is not None:
-            triton_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True)
+            gpu_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True)
         if dx is not None:
             part = triton_filter.hidden_product(dz, weight, live)
-            triton_gather.hidden_grad(head, ids, g_nS, dx, base=part)
+            gpu_gather.hidden_grad(head, ids, g_nS, dx, base=part)
         return
     if db is not None:
         db += dz.sum(0, dtype=db.dtype)
@@ -169,7 +205,7 @@ def _add_grads(
     product(dz, weight, wide)
     if head.weight.dtype == head.dtype:
         return
-    triton_gather.hidden_grad(head, ids, g_nS - g_nS.to(dz.dtype).to(g_nS.dtype), dx, base=wide)
+    gpu_gather.hidden_grad(head, ids, g_nS - g_nS.to(dz.dtype).to(g_nS.dtype), dx, base=wide)
 
 
 def recompute(
@@ -198,16 +234,14 @@ def recompute(
     scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
     g_NS = scaled_up.z_ids
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
-    columns = min(
-        triton_slab_columns(V), max(64, TRITON_RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize))
-    )
+    columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
     if narrow is not None and H % 2 == 0 and columns <= H // 2:
         slab = narrow.view(head.dtype)  # its memory is free until the sum is complete
     else:
         slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
-    for i, at in enumerate(blocks(V, columns)):
+    for i, at in enumerate(vocabulary_slabs(head, columns)):
         raw = slab[:, : at.stop - at.start]
-        for rows in blocks(N, TRITON_BLOCK_TOKENS):
+        for rows in blocks(N, BLOCK_TOKENS):
             part = Stats._make(None if t is None else t[rows] for t in stats)
             up = Stats._make(None if t is None else t[rows] for t in scaled_up)
             product(hidden_NH[rows], head.weight[at].t(), raw[rows])
@@ -225,9 +259,9 @@ def recompute(
         return dx, dw, db
     if grad_scale is None:
         out = dx if narrow is None else narrow
-        triton_gather.hidden_grad(head, ids, lost_NS, out, base=dx)
+        gpu_gather.hidden_grad(head, ids, lost_NS, out, base=dx)
         return out, dw, db
-    triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
+    gpu_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
     dx.div_(grad_scale)  # before dX is rounded, or it would overflow
     return dx if narrow is None else narrow.copy_(dx), dw, db
 
@@ -259,7 +293,7 @@ def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tenso
     plain = LMHead(head.weight, valid_vocab=head.valid_vocab)
     running = Running(plain, best.indices, 0, False, False, None)
     reduce = running.block(slice(0, n))
-    for at in blocks(head.vocab_size, triton_slab_columns(head.vocab_size)):
+    for at in vocabulary_slabs(head, slab_columns(head.vocab_size)):
         reduce(at, z_nV[:, at])
     rest: RunningLSE = running.scanned().rest
     return best.values, best.indices, rest.lse()

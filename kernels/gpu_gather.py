@@ -1,0 +1,141 @@
+"""K rows of W per token: the memory and the launches of the kernels in triton_gather.py.
+
+For dW the N·S entries are sorted by id. The host reads no length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gpu_launch import cdiv, launch, next_power_of_2, scalars
+from .head import LMHead, slot_grads
+from .token_loss import ABSENT
+
+GATHER_TILE = {"SB": 16, "BH": 256, "num_warps": 4, "maxnreg": 128}
+RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
+
+
+def forward(head: LMHead, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
+    """z [N, S] at T, NEG in empty slots."""
+    (N, H), S = hidden_NH.shape, ids_NS.shape[1]
+    z_NS = hidden_NH.new_empty(N, S, dtype=head.dtype)
+    SB = min(GATHER_TILE["SB"], next_power_of_2(max(S, 1)))
+    launch(
+        "triton_gather:gather_rows",
+        (N, cdiv(S, SB)),
+        z_NS,
+        p_x=hidden_NH,
+        p_w=head.weight,
+        p_bias=head.bias,
+        p_ids=ids_NS.contiguous(),
+        p_z=z_NS,
+        S=S,
+        H=H,
+        ld_x=hidden_NH.stride(0),
+        ld_w=head.weight.stride(0),
+        **scalars(head),
+        SB=SB,
+        BH=min(GATHER_TILE["BH"], next_power_of_2(H)),
+        num_warps=GATHER_TILE["num_warps"],
+        maxnreg=GATHER_TILE["maxnreg"],
+    )
+    return z_NS
+
+
+def hidden_grad(
+    head: LMHead, ids_NS: Tensor, g_NS: Tensor, out: Tensor, base: Tensor | None = None
+) -> None:
+    """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x)."""
+    N, S = ids_NS.shape
+    H = head.weight.shape[1]
+    BH = min(GATHER_TILE["BH"], next_power_of_2(H))
+    launch(
+        "triton_gather:scatter_hidden",
+        (N, cdiv(H, BH)),
+        out,
+        p_w=head.weight,
+        p_ids=ids_NS.contiguous(),
+        p_g=g_NS.contiguous(),
+        p_base=base,
+        p_dx=out,
+        S=S,
+        H=H,
+        ld_w=head.weight.stride(0),
+        ld_base=0 if base is None else base.stride(0),
+        ld_dx=out.stride(0),
+        SB=min(GATHER_TILE["SB"], next_power_of_2(max(S, 1))),
+        BH=BH,
+        num_warps=GATHER_TILE["num_warps"],
+        maxnreg=GATHER_TILE["maxnreg"],
+    )
+
+
+def weight_grad(
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    g_NS: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    *,
+    add: bool = False,
+) -> None:
+    """Write (or add) Σ g x to dw and Σ g to db in the rows whose ids occur."""
+    (N, H), S = hidden_NH.shape, ids_NS.shape[1]
+    E = N * S
+    ids, entries = torch.sort(ids_NS.reshape(-1), stable=True)
+    index = torch.arange(E, device=ids.device)
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[1:] = ids[1:] != ids[:-1]
+    # The first entry at or after each where a run of a real id starts; E if none does.
+    begin = torch.where(is_new & (ids >= 0), index, E).flip(0).cummin(0).values.flip(0)
+    BE = RUN_TILE["BE"]
+    ends = begin.new_full((1,), E)
+    starts = torch.cat([begin[::BE], ends])
+    BH = min(RUN_TILE["BH"], next_power_of_2(H))
+    launch(
+        "triton_gather:sum_runs",
+        (cdiv(E, BE), 1 if dw is None else cdiv(H, BH)),
+        hidden_NH,
+        p_x=hidden_NH,
+        p_ids=ids,
+        p_entries=entries,
+        p_g=g_NS.contiguous(),
+        p_starts=starts,
+        p_dw=dw,
+        p_db=db,
+        E=E,
+        S=S,
+        H=H,
+        ld_x=hidden_NH.stride(0),
+        ld_dw=0 if dw is None else dw.stride(0),
+        ADD=add,
+        BE=BE,
+        BH=BH,
+        num_warps=RUN_TILE["num_warps"],
+    )
+
+
+def backward(
+    head: LMHead,
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    z_NS: Tensor,
+    g_z_NS: Tensor,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dW, db), each None unless needed; dW and db are dense."""
+    g_NS = torch.where(z_NS < ABSENT, 0.0, slot_grads(head, z_NS, g_z_NS))
+    dx = torch.empty_like(hidden_NH) if need_hidden else None
+    dw = torch.zeros_like(head.weight) if need_weight else None
+    db = None
+    if need_bias and head.bias is not None:
+        db = torch.zeros_like(head.bias)
+    if dx is not None:
+        hidden_grad(head, ids_NS, g_NS, dx)
+    if dw is not None or db is not None:
+        weight_grad(hidden_NH, ids_NS, g_NS, dw, db)
+    return dx, dw, db

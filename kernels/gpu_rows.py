@@ -1,0 +1,149 @@
+"""Statistics and gradients of the rows of a slab: the memory and the launches of their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .gpu_launch import SLOT_TILE, launch, next_power_of_2, scalars
+from .head import LMHead, RunningLSE, Scanned, Stats, Top2
+from .token_loss import NEG
+
+# Columns per program and its warps: 16 fp32 per thread.
+ROW_TILE = {"BV": 4096, "num_warps": 8}
+# Without this bound ptxas spills two registers to fit one more program.
+REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
+
+
+class Running:
+    """Running statistics of n tokens, updated slab by slab."""
+
+    def __init__(
+        self,
+        head: LMHead,
+        ids_nS: Tensor,
+        moments: int,
+        base: bool,
+        best: bool,
+        label_u_n: Tensor | None,
+    ) -> None:
+        self.head, self.moments, self.label_u = head, moments, label_u_n
+        self.ids = ids_nS.contiguous()
+        n, S = ids_nS.shape
+        new = head.weight.new_empty
+        self.u_slots = torch.full((n, S), NEG, dtype=head.dtype, device=head.weight.device)
+        self.top = new(n, dtype=head.dtype)
+        self.sums = new(moments + 1, n, dtype=head.dtype)
+        self.base = base and head.temperature != 1.0
+        self.base_rows = new(2 if self.base else 0, n, dtype=head.dtype)
+        self.best = best
+        self.best_u = new(n if best else 0, 2, dtype=head.dtype)
+        self.best_id = new(n if best else 0, dtype=torch.int64)
+        self.above = torch.zeros_like(self.best_id)
+
+    def block(self, rows: slice) -> Callable[[slice, Tensor], None]:
+        """A function (columns, raw products [n, v] of these tokens) that reduces one slab.
+
+        Slots in the slab become NEG. Arguments that do not change from slab to slab are built once:
+        at small H the host has little more than 50 µs per slab.
+        """
+        S = self.ids.shape[1]
+        constant = {
+            "p_bias": self.head.bias,
+            "p_ids": self.ids[rows],
+            "p_label_u": None if self.label_u is None else self.label_u[rows],
+            "p_u_slots": self.u_slots[rows],
+            "p_max": self.top[rows],
+            "p_sums": self.sums[:, rows],
+            "p_base_max": self.base_rows[0, rows] if self.base else None,
+            "p_base_sum": self.base_rows[1, rows] if self.base else None,
+            "p_best": self.best_u[rows] if self.best else None,
+            "p_best_id": self.best_id[rows] if self.best else None,
+            "p_n_above": self.above[rows] if self.best else None,
+            "n": self.ids.shape[0],
+            "S": S,
+            **scalars(self.head),
+            "MOMENTS": self.moments,
+            "BASE": self.base,
+            "BEST": self.best,
+            "SB": min(SLOT_TILE, next_power_of_2(max(S, 1))),
+            **REDUCE_TILE,
+        }
+
+        def reduce(at: slice, slab_nv: Tensor) -> None:
+            v = at.stop - at.start
+            launch(
+                "triton_reduce:reduce_slab",
+                (slab_nv.shape[0],),
+                slab_nv,
+                p_slab=slab_nv,
+                ld_slab=slab_nv.stride(0),
+                v=v,
+                v0=at.start,
+                BV=next_power_of_2(v),
+                **constant,
+            )
+
+        return reduce
+
+    def scanned(self) -> Scanned:
+        T = self.head.temperature
+        base = None
+        if self.base:
+            base = RunningLSE(self.base_rows[0], [self.base_rows[1]], 1.0)
+        return Scanned(
+            self.u_slots,
+            RunningLSE(self.top, list(self.sums), T),
+            base,
+            Top2(self.best_u, self.best_id, self.above) if self.best else None,
+        )
+
+
+def grad_rows_(
+    head: LMHead,
+    raw_nv: Tensor,
+    v0: int,
+    ids_nS: Tensor,
+    g_nS: Tensor,
+    stats: Stats,
+    grads: Stats,
+) -> Tensor:
+    """dz [n, v] in the head's own type, in raw's memory (rows as far apart as raw's were).
+
+    grads hold d lse_rest, d mean_rest and d lse_base per token; g_nS is d(W x) at distinct ids.
+    """
+    n, v = raw_nv.shape
+    S, T, scale = ids_nS.shape[1], head.temperature, head.logit_scale
+    wide, low = raw_nv.element_size(), head.weight.element_size()
+    out = raw_nv if wide == low else raw_nv.view(head.weight.dtype)[:, :v]
+    mean = grads.mean_rest is not None and stats.mean_rest is not None
+    base = grads.lse_base is not None and stats.lse_base is not None
+    g_mean, g_base = grads.mean_rest, grads.lse_base
+    launch(
+        "triton_grad:grad_rows",
+        (n,),
+        raw_nv,
+        p_raw=raw_nv,
+        p_dz=out,
+        p_bias=head.bias,
+        p_ids=ids_nS,
+        p_g_slots=g_nS,
+        p_lse_rest=stats.lse_rest,
+        p_g_rest=grads.lse_rest * (scale / T),
+        p_mean_rest=stats.mean_rest if mean else None,
+        p_g_mean=g_mean * (scale / T) if mean and g_mean is not None else None,
+        p_lse_base=stats.lse_base if base else None,
+        p_g_base=g_base * scale if base and g_base is not None else None,
+        ld_raw=raw_nv.stride(0),
+        ld_dz=out.stride(0),
+        v=v,
+        v0=v0,
+        S=S,
+        **scalars(head),
+        BV=min(ROW_TILE["BV"], next_power_of_2(v)),
+        SB=min(SLOT_TILE, next_power_of_2(max(S, 1))),
+        num_warps=ROW_TILE["num_warps"],
+    )
+    return out
