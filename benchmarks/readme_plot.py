@@ -19,14 +19,14 @@ PEER, OURS = "#9aa4b2", "#2563eb"
 class Group(NamedTuple):
     """Bars of one measurement, relative to the first.
 
-    bars: (name in the picture, `impl` of the row); an impl of None is a peer without a row.
+    bars: (name in the picture, `impl` of the row).
     """
 
     title: str
     file: str
     op: str
     dtype: str
-    bars: tuple[tuple[str, str | None], ...]
+    bars: tuple[tuple[str, str], ...]
 
 
 GROUPS = (
@@ -40,7 +40,6 @@ GROUPS = (
             ("PyTorch, compiled", "compiled"),
             ("fastdistill, fused", "torch fused"),
             ("fastdistill, recompute", "torch recompute"),
-            ("Liger (needs a GPU)", None),
         ),
     ),
     Group(
@@ -64,11 +63,11 @@ GROUPS = (
 )
 
 
-def shares(group: Group, results: Path = RESULTS) -> list[tuple[float, float] | None]:
-    """Return time and memory of each bar relative to the first; None without a row.
+def shares(group: Group, results: Path = RESULTS) -> list[tuple[float, float]]:
+    """Return time and memory of each bar relative to the first.
 
     Raises:
-        ValueError: the results have no row of a bar that needs one.
+        ValueError: the results have no row of a bar.
     """
     path = results / f"{group.file}.json"
     figures = {
@@ -76,17 +75,14 @@ def shares(group: Group, results: Path = RESULTS) -> list[tuple[float, float] | 
         for row in json.loads(path.read_text(encoding="utf-8"))
         if (row["op"], row["dtype"]) == (group.op, group.dtype)
     }
-    absent = [impl for _, impl in group.bars if impl is not None and impl not in figures]
+    absent = [impl for _, impl in group.bars if impl not in figures]
     if absent:
         raise ValueError(
             f"results: expected rows of {group.op} by {', '.join(absent)}, got none in {path}; "
             f"run python -m benchmarks {group.file}"
         )
-    time, memory = figures[str(group.bars[0][1])]
-    return [
-        None if impl is None else (figures[impl][0] / time, figures[impl][1] / memory)
-        for _, impl in group.bars
-    ]
+    time, memory = figures[group.bars[0][1]]
+    return [(figures[impl][0] / time, figures[impl][1] / memory) for _, impl in group.bars]
 
 
 def write(path: Path = PICTURE, results: Path = RESULTS) -> Path:
@@ -112,11 +108,10 @@ def write(path: Path = PICTURE, results: Path = RESULTS) -> Path:
         for column, (axis, quantity) in enumerate(((left, "time"), (right, "memory"))):
             axis.set_title(f"{quantity}, relative", loc="left", fontsize=8, color="#6b7280")
             for y, ((name, _), pair) in enumerate(zip(group.bars, relative, strict=True)):
-                value = 0.0 if pair is None else pair[column]
+                value = pair[column]
                 color = OURS if name.startswith("fastdistill") else PEER
                 axis.barh(y, value, color=color, height=0.62)
-                label = "not measured" if pair is None else f"{value:.2f}"
-                axis.text(value + 0.015, y, label, va="center", fontsize=8)
+                axis.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8)
             axis.set_xlim(0, 1.5)
             axis.set_xticks([])
             axis.spines[:].set_visible(False)
