@@ -69,7 +69,7 @@ class Trained:
             if self.evaluation.get(name) is not None
         )
         loss = "none" if self.loss is None else format_short(self.loss)
-        summary = f"{self.steps:,} steps, loss {loss}, {self.seconds:.0f} s."
+        summary = f"{self.steps:,} steps, mean loss {loss}, {self.seconds:.0f} s."
         if self.already_done:
             summary = f"Already finished at step {self.steps:,}; nothing was trained."
         evaluation = [f"Evaluation: {figures}"] if figures else []
@@ -160,7 +160,7 @@ def run(options: Train, extra: dict[str, Any]) -> Trained | None:
         report: Path | None = Path(options.out, "report.html")
         if evaluated is None:
             trainer.save_model()
-            evaluated = {} if held_out is None else trainer.evaluate()
+            evaluated = {} if held_out is None else _last_evaluation(trainer) or trainer.evaluate()
             report = write_run_report(options.out) if trainer.is_world_process_zero() else None
     if report is None:
         return None
@@ -217,6 +217,15 @@ def _report_nonfinite(options: Train, trainer: DistillTrainer) -> Iterator[None]
             raise
         report = write_run_report(options.out)
         raise FloatingPointError(f"{error}. Report: {report}") from error
+
+
+def _last_evaluation(trainer: DistillTrainer) -> dict[str, Any] | None:
+    """Return the evaluation of the trained weights, or None if training did not end with one."""
+    if trainer.args.load_best_model_at_end:  # the weights may be those of an earlier step
+        return None
+    log = trainer.state.log_history
+    step = trainer.state.global_step
+    return next((e for e in reversed(log) if "eval_loss" in e and e["step"] == step), None)
 
 
 def _recorded_evaluation(options: Train, step: int) -> dict[str, Any] | None:

@@ -65,7 +65,8 @@ class WholeCheckpoints(FiniteUpdates):
         self._without_state = False
         self._last_saved = 0  # step of the last checkpoint
         self._intervals: dict[str, Any] = {}
-        self._changed: dict[str, str] = {}  # settings that differ from the resumed checkpoint
+        # Settings that differ from the resumed checkpoint: {name: [now, before]}.
+        self._changed: dict[str, list[Any]] = {}
         self._interrupts: SavesOnInterrupt | None = None
         self._weights_from = Path()  # last checkpoint whose weights were loaded
         self._loaded_generation_config = False
@@ -160,8 +161,8 @@ class WholeCheckpoints(FiniteUpdates):
                 if name in self._changed:
                     raise ValueError(
                         f"{name}: expected the value that {Path(folder).name} was trained with, "
-                        f"{self._changed[name]}; the optimizer's state keeps the old value; "
-                        f"{_TRAIN_ELSEWHERE}"
+                        f"{_change_text(self._changed[name])}; the optimizer's state keeps the "
+                        f"old value; {_TRAIN_ELSEWHERE}"
                     )
 
     def _result_settings(self) -> dict[str, Any]:
@@ -220,7 +221,7 @@ class WholeCheckpoints(FiniteUpdates):
     def begin_run(self, state: Any) -> None:
         """Check and complete the state of a run, once the number of steps is known."""
         self._last_saved = state.global_step
-        changed_text = ", ".join(f"{name}: {text}" for name, text in self._changed.items())
+        changed_text = ", ".join(f"{n}: {_change_text(c)}" for n, c in self._changed.items())
         if state.global_step > state.max_steps:
             expected = f"a checkpoint of at most the run's {state.max_steps} steps"
             got = f"one of step {state.global_step}"
@@ -342,6 +343,11 @@ class WholeCheckpoints(FiniteUpdates):
         if not _internal_call:
             self.check_weights("to save")
         super().save_model(output_dir, _internal_call)
+
+
+def _change_text(change: list[Any]) -> str:
+    now, before = change
+    return f"got {now!r}, not {printable(repr(before))}"
 
 
 @contextmanager

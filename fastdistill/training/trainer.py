@@ -190,6 +190,10 @@ class DistillTrainer(WholeCheckpoints):
             self._run_log.nonfinite(self.args, self.state, error)
             raise
 
+    def begin_run(self, state: Any) -> None:
+        super().begin_run(state)
+        self._run_log.changed = self._changed
+
     def _verify(self) -> None:
         """Check that the loss can be computed at the head and, if configured, rows be packed."""
         student = self.accelerator.unwrap_model(self.model)

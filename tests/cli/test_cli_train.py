@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
+from fastdistill.cli.run_train import Trained
 from fastdistill.report.run.plots import Quantity
 from fastdistill.training.logs.metrics import format_short
 from fastdistill.training.logs.run_files import read_run
@@ -50,14 +51,18 @@ def weights(path):
 
 
 def test_a_student_a_log_and_a_report(run, folder, tmp_path):
-    more = ("--eval-data", folder / "held-out.jsonl", "learning_rate=1e-3", "logging_steps=1")
-    code, out, err = run(*train(folder, tmp_path / "run", *more, "--json"))
+    more = ("--eval-data", folder / "held-out.jsonl", "eval_strategy=steps", "eval_steps=2")
+    settings = ("learning_rate=1e-3", "logging_steps=1", "--json")
+    code, out, err = run(*train(folder, tmp_path / "run", *more, *settings))
     assert code == 0, err
     result = json.loads(out)
     assert result["steps"] == 4
     assert result["evaluation"]["kl"] == pytest.approx(result["evaluation"]["loss"])
     assert "step 2 of 4  loss " in err
     assert "\x1b[?25l" not in err  # no bar hides the cursor
+    assert err.count("step 4 of 4  eval_loss") == 1
+    trained = Trained(**result)
+    assert trained.to_lines()[0].startswith("4 steps, mean loss ")
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert (weights(tmp_path / "run") != weights(folder / "student")).any()
     Teacher(str(tmp_path / "run"))

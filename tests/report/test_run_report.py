@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fastdistill.report.run.page import write_run_report
+from fastdistill.report.run.page import summary_sentences, write_run_report
 from fastdistill.report.run.plots import Quantity
 from fastdistill.report.run.series import points
 from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_log(watched):
     for row, name in (
         ("Loss, training (per target token)", "loss"),
         ("Loss, evaluation (per target token)", "eval_loss"),
-        ("KL to the teacher, evaluation (nats per token)", "eval_kl"),
+        ("KL to the teacher (top 8 and tail), evaluation (nats per token)", "eval_kl"),
         ("Perplexity, evaluation", "eval_perplexity"),
         ("Learning rate", "learning_rate"),
         ("Gradient norm", "grad_norm"),
@@ -73,11 +73,13 @@ def test_figures_are_those_of_the_log(watched):
     shares = [f"{agreement[0] * 100:.1f} %", f"{agreement[-1] * 100:.1f} %"]
     assert page.table["Agreement with the teacher, evaluation"] == [*shares, "4"]
     kl = of("eval_kl")
-    assert f"KL to the teacher fell from {kl[0]:.4g} to {kl[-1]:.4g} nats per token" in page.text
-    alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher over"))
+    title = "KL to the teacher (top 8 and tail)"
+    assert f"{title} fell from {kl[0]:.4g} to {kl[-1]:.4g} nats per token" in page.text
+    alt = next(i["alt"] for i in page.images if i["alt"].startswith(f"{title} over"))
     assert f"evaluation: from {kl[0]:.4g} at step 0 to {kl[-1]:.4g} at step 4" in alt
     panel = trainer.panel
-    assert page.table["KL to the teacher, nats"] == [f"{panel.kl:.3f}", f"{panel.kl_shuffled:.3f}"]
+    assert page.table[f"{title}, nats"] == [f"{panel.kl:.3f}", f"{panel.kl_shuffled:.3f}"]
+    assert "The KLs differ only once the student predicts the text." in page.text
 
 
 def test_settings_that_differ_come_first(watched):
@@ -102,9 +104,32 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert evaluated_at == [0, 2, 4, 6]  # once at step 2, where both runs evaluated
     assert "It ended at step 6 of 6. It was resumed from step 2." in page.text
     assert "Vertical lines mark the steps at which it was resumed." in page.text
-    alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher over"))
+    alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher"))
     assert "at step 0 to" in alt
     assert "at step 6," in alt
+
+
+def test_a_run_resumed_with_another_loss_says_so(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, **options)
+    build(tmp_path, **options, max_steps=4, tail="renorm_both").train(resume_from_checkpoint="auto")
+    _, second, *others = summary_sentences(read_run(tmp_path / "run"))
+    assert second == (
+        "It was resumed at step 2 with tail=renorm_both instead of bucket; losses before and after "
+        "cannot be compared."
+    )
+    assert others == ["It ended at step 4 of 4. It was resumed from step 2."]
+
+
+def test_runs_with_another_k_are_not_ranked_by_kl(watched, tmp_path):
+    for name, k in (("a", 8), ("b", 4)):
+        shutil.copytree(watched[1], tmp_path / name)
+        settings = json.loads((tmp_path / name / SETTINGS).read_text())
+        settings["config"]["k"] = k
+        (tmp_path / name / SETTINGS).write_text(json.dumps(settings))
+    text = page_of(tmp_path).text
+    assert "Their KLs compare different k or temperatures: do not compare them." in text
+    assert "lowest KL" not in text
 
 
 def test_a_killed_run_says_so(watched, tmp_path):
@@ -209,7 +234,7 @@ def test_samples_are_shown_the_last_first(watched, tmp_path):
 def test_a_first_batch_without_numbers_is_shown(watched, tmp_path):
     lost = lambda e: e | {"kl": None} if e.get("event") == "first_batch" else e  # noqa: E731
     page = page_of(edited(watched[1], tmp_path / "lost", lost))
-    assert page.table["KL to the teacher, nats"][0] == "—"
+    assert page.table["KL to the teacher (top 8 and tail), nats"][0] == "—"
 
 
 def test_no_number_has_hundreds_of_digits():

@@ -37,7 +37,10 @@ def test_the_card_has_teacher_objective_mass_and_evaluation(tmp_path):
         assert row in card, row
     assert f"first batch | {trainer.panel.teacher_mass:.4f} mean" in card
     evaluated = next(e for e in trainer.state.log_history if "eval_kl" in e)
-    assert f"| KL(teacher ‖ student), nats per token | {evaluated['eval_kl']:.4g} |" in card
+    assert (
+        f"| KL(teacher ‖ student), top 8 and tail, nats per token | {evaluated['eval_kl']:.4g} |"
+        in card
+    )
     assert "skew" not in card
 
 

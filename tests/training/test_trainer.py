@@ -90,6 +90,12 @@ def test_autocast_trains_in_bfloat16(tmp_path):
     assert trainer.model.lm_head.weight.dtype == torch.float32
 
 
+def test_panel_of_a_dense_teacher_names_what_its_figures_compare(tmp_path):
+    lines = dict(train(tmp_path, k=None, max_steps=1).panel.lines())
+    assert lines["teacher tokens"] == "the whole vocabulary"
+    assert "KL to the teacher (top 53 and tail)" in lines
+
+
 def test_panel_tells_a_real_teacher_from_its_shuffle(tmp_path):
     class Knowing:  # answers with the next token, at probability 0.9
         def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):

@@ -14,14 +14,17 @@ from .series import (
     COSTS,
     MASSES,
     TRAINING,
+    changes_on_resume,
     completion_summary,
     evaluated,
     evaluations,
     failure,
     has_ended,
+    incomparable,
     lines,
     missing_data,
     name_of,
+    quantities,
     resumed_steps,
     scores,
     training_summary,
@@ -62,17 +65,18 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def run_report(name: str, record: RunRecord) -> Report:
     """Return the report of one run."""
-    first, second, *others = [*_sentences(record), ""]
+    first, second, *others = [*summary_sentences(record), ""]
     report = Report(f"Training run: {name}", f"{first} {second}".strip())
     resumed = resumed_steps(record)
+    training = quantities(record)
     drawn = [key for key in _LEADING if lines(record, key)]
-    _gallery(report, "", _curves(record, {key: TRAINING[key] for key in drawn}, resumed))
+    _gallery(report, "", _curves(record, {key: training[key] for key in drawn}, resumed))
     _first_and_last(report, record)
     resumed_note = "Vertical lines mark the steps at which it was resumed." if resumed else ""
     if text := " ".join(filter(None, (*others, resumed_note))):
         report.paragraph(text)
     _samples(report, record)
-    rest = {key: quantity for key, quantity in TRAINING.items() if key not in drawn}
+    rest = {key: quantity for key, quantity in training.items() if key not in drawn}
     _gallery(report, "More curves", _curves(record, rest, resumed))
     masses = [
         Line(label=label, points=series.points)
@@ -108,24 +112,26 @@ def run_report(name: str, record: RunRecord) -> Report:
     return report
 
 
-def _sentences(record: RunRecord) -> list[str]:
+def summary_sentences(record: RunRecord) -> list[str]:
     """Return sentences on a run, the most important first: one that failed says so."""
     ending = completion_summary(record)
     alarms = [sentence for sentence in (failure(record),) if sentence]
     if not has_ended(record):
         alarms.append(ending)
-    sentences = [*alarms, training_summary(record)]
+    resumed_with = changes_on_resume(record)
+    sentences = [*alarms, training_summary(record), *([resumed_with] if resumed_with else [])]
+    training, changed = quantities(record), incomparable(record)
     changes = [
-        _change(TRAINING[key], line)
+        _change(training[key], line)
         for key in ("kl", "agreement", "perplexity")
-        if (line := evaluated(record, key)) is not None
+        if key not in changed and (line := evaluated(record, key)) is not None
     ]
     if changes:
         *others, last = changes
         text = f"{', '.join(others)} and {last}" if others else last
         sentences.append(f"In evaluation, {text}.")
-    elif loss := lines(record, "loss"):
-        sentences.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
+    elif "loss" not in changed and (loss := lines(record, "loss")):
+        sentences.append(f"In training, {_change(training['loss'], loss[0])}.")
     return sentences if ending in alarms else [*sentences, ending]
 
 
@@ -143,7 +149,7 @@ def _change(quantity: Quantity, line: Line) -> str:
 def _first_and_last(report: Report, record: RunRecord) -> None:
     """Add a table of the first and last value of each metric."""
     rows = []
-    for key, quantity in (TRAINING | MASSES | COSTS).items():
+    for key, quantity in (quantities(record) | MASSES | COSTS).items():
         all_series = lines(record, key)
         for line in all_series:
             dataset = "" if len(all_series) == 1 and line.label == "training" else f", {line.label}"
@@ -181,7 +187,10 @@ def _first_batch(report: Report, record: RunRecord) -> None:
         report.heading("The first batch, before the first update")
         signal = panel["signal"]
         rows = [
-            ("KL to the teacher, nats", _nats(panel["kl"]), _nats(panel["kl_shuffled"])),
+            (
+                f"KL to the teacher (top {panel['k']} and tail), nats",
+                *(_nats(panel["kl"]), _nats(panel["kl_shuffled"])),
+            ),
             ("teacher's NLL, nats", _nats(signal["nll"]), _nats(signal["nll_shuffled"])),
             ("covered teacher mass", f"{panel['teacher_mass'] * 100:.1f} %", ""),
             ("its 5th percentile", f"{panel['teacher_mass_p5'] * 100:.1f} %", ""),
@@ -191,8 +200,9 @@ def _first_batch(report: Report, record: RunRecord) -> None:
         report.table(
             ("", "measured", "shuffled"),
             rows,
-            caption="The control is the same answers in another order. A teacher that fits this "
-            "text has lower values than the control.",
+            caption="The control is the same answers in another order. The NLL of a teacher that "
+            "fits this text is below the control's. The KLs differ only once the student predicts "
+            "the text.",
         )
 
 
@@ -256,9 +266,14 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     """Return a report of several runs, with joint curves and the settings that differ."""
     sentences = [f"{len(runs)} runs: {', '.join(runs)}."]
     kls = {run: line for run, r in runs.items() if (line := evaluated(r, "kl")) is not None}
-    if len(kls) > 1:
+    compared = {run: quantities(runs[run]) for run in kls}
+    is_one_kl = len({each["kl"].title for each in compared.values()}) == 1
+    training = next(iter(compared.values())) if is_one_kl else TRAINING
+    if kls and not is_one_kl:
+        sentences.append("Their KLs compare different k or temperatures: do not compare them.")
+    elif len(kls) > 1:
         best = min(kls, key=lambda run: kls[run].last)
-        text = TRAINING["kl"].text(kls[best].last)
+        text = training["kl"].text(kls[best].last)
         sentences.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
     failed = [run for run, record in runs.items() if failure(record)]
     if failed:
@@ -267,18 +282,18 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     in_evaluation = any(evaluations(record) for record in runs.values())
     by_key = {key: _series_of_runs(runs, key, in_evaluation) for key in _COMPARED}
     pictures = [
-        curves(TRAINING[key], list(series.values()))._replace(caption=TRAINING[key].title)
+        curves(training[key], list(series.values()))._replace(caption=training[key].title)
         for key, series in by_key.items()
         if series
     ]
     _gallery(report, "", pictures)
     report.table(
-        ("run", *(TRAINING[key].title for key in _COMPARED)),
+        ("run", *(training[key].title for key in _COMPARED)),
         [
             (
                 run,
                 *(
-                    TRAINING[key].text(series[run].last) if run in series else "—"
+                    training[key].text(series[run].last) if run in series else "—"
                     for key, series in by_key.items()
                 ),
             )
@@ -292,7 +307,7 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     _differences(report, runs)
     with report.folded("The runs in words"):
         for run, record in runs.items():
-            report.paragraph(f"{run}: {' '.join(_sentences(record))}")
+            report.paragraph(f"{run}: {' '.join(summary_sentences(record))}")
     return report
 
 

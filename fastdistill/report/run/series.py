@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...training.logs.run_files import SETTINGS, RunRecord
+from ..html import to_text
 from .plots import Histogram, Line, Quantity
 
 TRAINING = {
@@ -32,12 +34,30 @@ COSTS = {
     ),
     "throughput": Quantity(title="Throughput", unit="target tokens per second", grounded=True),
 }
+# Settings that change the loss itself; those of _COMPARISON change the KL to the teacher too.
+_COMPARISON = {"k", "temperature", "teacher"}
+_OBJECTIVE = _COMPARISON | {
+    *("divergence", "beta", "skew", "tail", "t2_scale", "ce_weight", "z_loss"),
+    *("token_selection", "lmbda"),
+}
 SCORES = {
     "nll": "NLL of the text",
     "forward_kl": "KL to the teacher",
     "entropy": "Entropy of the student",
     "margin": "Margin of its first choice over its second",
 }
+
+
+def quantities(record: RunRecord) -> dict[str, Quantity]:
+    """Return TRAINING, with a title of the KL that says what it compares."""
+    if record.settings is None:
+        return TRAINING
+    config = record.settings["config"]
+    k, temperature = config["k"], config["temperature"]
+    compared = "whole vocabulary" if k is None else f"top {k} and tail"
+    at = "" if temperature == 1 else f", T = {temperature:g}"
+    kl = TRAINING["kl"]
+    return TRAINING | {"kl": replace(kl, title=f"{kl.title} ({compared}{at})")}
 
 
 def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
@@ -133,6 +153,30 @@ def resumed_steps(record: RunRecord) -> list[int]:
     return [event["step"] for event in record.events("train_begin") if event["step"]]
 
 
+def changes_on_resume(record: RunRecord) -> str:
+    """Return sentences on the settings that changed when the run was resumed."""
+    sentences = []
+    for event in record.events("train_begin"):
+        changed = event.get("changed", {})
+        if not changed:
+            continue
+        texts = (
+            "{}={} instead of {}".format(name, *(to_text(_short(value)) for value in values))
+            for name, values in changed.items()
+        )
+        is_other_loss = not _OBJECTIVE.isdisjoint(changed)
+        note = "; losses before and after cannot be compared" if is_other_loss else ""
+        sentences.append(f"It was resumed at step {event['step']:,} with {', '.join(texts)}{note}.")
+    return " ".join(sentences)
+
+
+def incomparable(record: RunRecord) -> set[str]:
+    """Return the metrics whose meaning changed when the run was resumed."""
+    changed = {n for event in record.events("train_begin") for n in event.get("changed", {})}
+    metrics = set() if _OBJECTIVE.isdisjoint(changed) else {"loss"}
+    return metrics if _COMPARISON.isdisjoint(changed) else metrics | {"kl", "agreement"}
+
+
 def completion_summary(record: RunRecord) -> str:
     """Return a sentence on how the run ended."""
     marks = [e for e in record.lines if e.get("event") in ("train_begin", "train_end")]
@@ -199,6 +243,10 @@ def training_summary(record: RunRecord) -> str:
 def name_of(model: str | None) -> str | None:
     """Return a model's name, or the folder's name if it is an absolute path."""
     return Path(model).name if model is not None and Path(model).is_absolute() else model
+
+
+def _short(value: Any) -> Any:
+    return name_of(value) if isinstance(value, str) else value
 
 
 def missing_data(record: RunRecord) -> list[str]:

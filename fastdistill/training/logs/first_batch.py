@@ -44,12 +44,13 @@ _OVERLAP_TOKENS = 1024
 class Panel:
     """Metrics of the first batch; KL and NLL are means over its target tokens, in nats.
 
-    overlap: share of the teacher's k tokens that are in the student's top k too.
+    tail: how the loss treats it; None if the loss compares the whole vocabulary, where k is that of
+    the metrics. overlap: share of the teacher's k tokens that are in the student's top k too.
     counts: histograms of the student's token scores, by score (see ../histograms.py).
     """
 
     objective: str
-    tail: str
+    tail: str | None
     k: int
     temperature: float
     t2: float
@@ -82,17 +83,23 @@ class Panel:
 
     def lines(self) -> list[tuple[str, str]]:
         text = "the student's own text" if self.sampled else "the text"
+        compared = (
+            "the whole vocabulary" if self.tail is None else f"top {self.k}; the rest: {self.tail}"
+        )
         return [
             ("objective", self.objective),
             ("temperature", f"T = {self.temperature:g}, divergence × {self.t2:g}"),
-            ("teacher tokens", f"top {self.k}; the rest: {self.tail}"),
-            ("covered teacher mass", self.mass_text()),
+            ("teacher tokens", compared),
+            (f"covered teacher mass, top {self.k}", self.mass_text()),
             (f"overlap@{self.k}", f"{self.overlap:.1%} of them are in the student's top {self.k}"),
             (
                 "target tokens",
                 f"{self.tokens:,} ({self.masked_share:.1%} of tokens are not targets)",
             ),
-            ("KL to the teacher", f"{self.kl:.3f} (shuffled teacher {self.kl_shuffled:.3f})"),
+            (
+                f"KL to the teacher (top {self.k} and tail)",
+                f"{self.kl:.3f} (shuffled teacher {self.kl_shuffled:.3f})",
+            ),
             (
                 f"teacher's NLL of {text}",
                 f"{self.teacher_nll:.3f} (shuffled {self.teacher_nll_shuffled:.3f})",
@@ -165,7 +172,7 @@ def first_batch(
     mass = mass_of(teacher)
     return Panel(
         objective=_objective(config, sampled),
-        tail="none, the whole vocabulary is compared" if is_dense else _TAIL_TEXT[config.tail],
+        tail=None if is_dense else _TAIL_TEXT[config.tail],
         k=k,
         temperature=config.temperature,
         t2=config.temperature**2 if config.t2_scale else 1.0,

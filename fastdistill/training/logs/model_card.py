@@ -14,7 +14,7 @@ from ..loss import Loss
 from .first_batch import Panel
 
 _EVALUATED = {
-    "eval_kl": "KL(teacher ‖ student), nats per token",
+    "eval_kl": "KL(teacher ‖ student), {compared}, nats per token",
     "eval_agreement": "same most likely token as the teacher",
     "eval_teacher_mass": "teacher's mass on its k tokens",
     "eval_student_mass": "student's mass on them",
@@ -69,7 +69,12 @@ def write_card(
     ]
     last = _last(state.log_history, "eval_loss")
     if last is not None:
-        metrics = [(label, f"{last[n]:.4g}") for n, label in _EVALUATED.items() if n in last]
+        compared = "whole vocabulary" if config.k is None else f"top {config.k} and tail"
+        metrics = [
+            (label.format(compared=compared), f"{last[name]:.4g}")
+            for name, label in _EVALUATED.items()
+            if name in last
+        ]
         lines += ["", f"## Evaluation, step {last.get('step', 0):,}", "", *_table(metrics)]
     versions = describe()["packages"]
     used = [f"{n} {versions[n]}" for n in ("torch", "transformers", "peft") if versions.get(n)]

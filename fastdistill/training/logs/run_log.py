@@ -24,10 +24,15 @@ from .run_settings import settings_of
 
 
 class RunLog(TrainerCallback):
-    """Appends the trainer's logs to metrics.jsonl; `teacher` is the trainer's teacher."""
+    """Appends the trainer's logs to metrics.jsonl.
+
+    teacher: the trainer's teacher. changed: {name: [now, before]}, the settings that differ from
+    those of the checkpoint that the run resumes from.
+    """
 
     def __init__(self) -> None:
         self.teacher: Any = None
+        self.changed: dict[str, list[Any]] = {}
         self._run = uuid.uuid4().hex[:12]
         self._counts: dict[str, list[int]] = {}
         self._samples: list[dict[str, str]] = []
@@ -38,7 +43,8 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             settings = {"run": self._run} | settings_of(args, model, self.teacher)
             write_json(Path(args.output_dir) / SETTINGS, settings)
-        self._append(args, state, {"event": "train_begin", "max_steps": state.max_steps})
+        begin = {"event": "train_begin", "max_steps": state.max_steps}
+        self._append(args, state, begin | ({"changed": self.changed} if self.changed else {}))
 
     def first_batch(self, args: Any, state: Any, panel: Panel) -> None:
         self._append(args, state, {"event": "first_batch", "edges": EDGES} | asdict(panel))

@@ -14,7 +14,6 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...hf.lm_head import is_partitioned
 from ...runtime.backend import describe, versions
-from ...runtime.printable import printable
 from ..config import DistillConfig
 from ..student import is_adapted, without_adapters
 from .model_card import describe_teacher, name_of
@@ -79,10 +78,10 @@ def _absolute(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
-def changed_settings(previous: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
-    """Return {name: "got now, not before"} for the settings in both dicts that differ."""
+def changed_settings(previous: dict[str, Any], current: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return {name: [now, before]} for the settings in both dicts that differ."""
     return {
-        name: f"got {value!r}, not {printable(repr(previous[name]))}"
+        name: [value, previous[name]]
         for name, value in current.items()
         if name in previous and previous[name] != value
     }
