@@ -54,7 +54,8 @@ def load_quantized(
             `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, compressed-tensors, MXFP4
             or GGUF, whose bits are kept. Weights that are in neither format exactly, such as FP8,
             are expanded, with a warning.
-        quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
+        quant: "nf4", "fp4", "int4" or "int8" for weights in full precision or FP8; None keeps the
+            former and expands the latter.
         compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
         dtype: of everything that is not quantized; "auto" keeps the checkpoint's.
         device: of the model. skip: as in quantize_model.
@@ -66,7 +67,7 @@ def load_quantized(
     checks.choice("quant", quant, (*SCHEMES, None))
     checks.choice("compute", compute, COMPUTE)
     checkpoint = open_checkpoint(path)
-    if checkpoint.method is not None and quant is not None:
+    if checkpoint.method is not None and quant is not None and not checkpoint.expands:
         reason = f"{checkpoint.path} is quantized already ({checkpoint.method})"
         checks.fail("quant", f"None, since {reason}", repr(quant))
     model = _skeleton(checkpoint, dtype, attn_implementation)
@@ -157,7 +158,8 @@ class _Loader:
         if not isinstance(value, Expanded):
             return value
         dense = value.values.to(self.empty[target].dtype)
-        self.expanded.append((name, value.kind, dense.nbytes))
+        if self.quant is None or target not in self.quantizable:
+            self.expanded.append((name, value.kind, dense.nbytes))
         return dense
 
     def _convert(self, target: str, rule: Any, sources: list[tuple[str, str | None]]) -> None:
@@ -263,13 +265,16 @@ class _Loader:
 
     def _expansion(self) -> list[str]:
         """Return what was expanded and not quantized again, and the memory that it takes."""
-        if not self.expanded or self.quant is not None:
+        if not self.expanded:
             return []
+        hint = (
+            "; pass quant= to quantize them" if self.checkpoint.expands and not self.quant else ""
+        )
         names, kinds, sizes = zip(*self.expanded, strict=True)
         return [
             f"{len(names)} weights ({names[0]}, …) are expanded to {short(self.model.dtype)}, "
             f"because no quantized layer represents {' and '.join(dict.fromkeys(kinds))} exactly: "
-            f"they take {sum(sizes) / 1e6:,.1f} MB"
+            f"they take {sum(sizes) / 1e6:,.1f} MB{hint}"
         ]
 
 

@@ -19,6 +19,7 @@ from ..hf.row_reader import BatchedForward, read_rows
 from ..losses.linear_head import linear_topk
 from ..losses.types import TopK
 from ..quant.formats.checkpoint_gate import load_tokenizer
+from ..quant.formats.detect import keeps_bits
 from ..quant.ops import COMPUTE
 from ..quant.schemes import SCHEMES
 from ..runtime import checks, tensor_checks
@@ -268,7 +269,7 @@ def load_teacher(
 def check_quantization(source: StoredModel, quant: str | None, compute: str) -> None:
     """Raise ValueError if a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
-    if source.is_quantized and quant is not None:
+    if quant is not None and source.is_quantized and keeps_bits(source.path):
         expected = f"None, since {source.path} is quantized already"
         checks.fail("quant", expected, repr(quant), "or pass the full-precision checkpoint")
     if quant is None and not source.is_quantized:

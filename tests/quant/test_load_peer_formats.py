@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from fastdistill.quant import CheckpointError, load_quantized, save_quantized
 from fastdistill.quant.experts import ExpertStack
+from fastdistill.quant.formats.detect import keeps_bits
 from fastdistill.quant.linear import Int8Linear, LUT4Linear
 from helpers.peer_formats import E2M1, fp8_blocks, integers, settings
 from helpers.quant_models import SIZES, logits, model_of
@@ -120,6 +121,9 @@ def test_experts_of_two_kinds_are_refused(tmp_path):
         return None if "experts.2.w1" in name else int4(name, N, K)
 
     ours, _ = write(tmp_path, model_of("mixtral"), make, settings(INT4))
+    assert keeps_bits(ours)
+    with pytest.raises(ValueError, match=r"quant: expected None, since .* quantized already"):
+        load_quantized(ours, quant="int8")
     with pytest.raises(CheckpointError, match=r"w1.weight': expected full precision, or quantized"):
         load_quantized(ours)
 
@@ -138,7 +142,12 @@ def test_fp8_in_blocks(tmp_path):
         "are expanded to float32, because no quantized layer represents FP8 in blocks of 128"
         in messages
     )
+    assert "MB; pass quant= to quantize them" in messages
     assert "activations are not quantized to FP8 here" in messages
+    quantized, messages = load(ours, quant="int8")
+    assert torch.equal(logits(quantized), logits(load(dense, quant="int8")[0]))
+    assert "expanded" not in messages
+    assert isinstance(quantized.model.layers[0].mlp.experts.gate_up_proj, ExpertStack)
 
 
 def test_gpt_oss(tmp_path):

@@ -100,6 +100,12 @@ def notes(config: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def expands(config: dict[str, Any]) -> bool:
+    """Whether some weights are in FP8."""
+    schemes = _schemes(config["quantization_config"])
+    return any((scheme.kind, scheme.bits) == ("float", 8) for scheme in schemes)
+
+
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
     with reading(files.config_file, "quantization_config"):
         schemes = _schemes(config["quantization_config"])

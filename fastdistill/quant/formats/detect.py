@@ -40,6 +40,7 @@ class Format(NamedTuple):
     is_stored: Callable[[TensorFiles], bool]
     has_own_settings: bool = False  # with the tensors, so that config.json may lack them
     notes: Callable[[dict[str, Any]], list[str]] | None = None  # what has no effect here
+    expands: Callable[[dict[str, Any]], bool] | None = None  # whether weights are expanded
 
 
 _FORMATS: dict[str, Format] = {
@@ -48,9 +49,12 @@ _FORMATS: dict[str, Format] = {
     "gptq": Format(gptq.weights, gptq.is_stored),
     "awq": Format(awq.weights, gptq.is_stored),
     compressed_tensors.KEY: Format(
-        compressed_tensors.weights, compressed_tensors.is_stored, notes=compressed_tensors.notes
+        compressed_tensors.weights,
+        compressed_tensors.is_stored,
+        notes=compressed_tensors.notes,
+        expands=compressed_tensors.expands,
     ),
-    "fp8": Format(fp8.weights, fp8.is_stored, notes=fp8.notes),
+    "fp8": Format(fp8.weights, fp8.is_stored, notes=fp8.notes, expands=lambda config: True),
     "mxfp4": Format(mxfp4.weights, mxfp4.is_stored),
 }
 
@@ -64,6 +68,7 @@ class Checkpoint:
     files: TensorFiles | None = None  # None: a .gguf file
     gguf_bytes: int = 0  # of all parts of a .gguf file
     notes: tuple[str, ...] = ()  # what it quantizes besides the weights, which has no effect
+    expands: bool = False  # it has weights in FP8, which may be quantized while loading
 
     @property
     def bytes(self) -> int:
@@ -90,7 +95,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     kind = _FORMATS[method]
     weights = kind.weights(files, config)
     notes = tuple(kind.notes(config)) if kind.notes else ()
-    return Checkpoint(path, config, method, weights, files, notes=notes)
+    expands = kind.expands is not None and kind.expands(config)
+    return Checkpoint(path, config, method, weights, files, notes=notes, expands=expands)
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -109,6 +115,18 @@ def is_quantized_checkpoint(path: str | Path) -> bool:
         path.suffix == ".safetensors" if path.is_file() else any(path.glob("model*.safetensors"))
     )
     return stored and bool(_stored_as(TensorFiles(path)))
+
+
+def keeps_bits(path: str | Path) -> bool:
+    """Whether the checkpoint at `path` is quantized, in a way that loading does not expand.
+
+    Raises:
+        CheckpointError: as open_checkpoint.
+    """
+    if not is_quantized_checkpoint(path):
+        return False
+    checkpoint = open_checkpoint(path)
+    return checkpoint.method is not None and not checkpoint.expands
 
 
 def _gguf_file(path: Path) -> Path | None:
