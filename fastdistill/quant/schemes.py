@@ -7,8 +7,8 @@ are computed in fp32, with separate rounding of product and sum, and then rounde
 dtype. i indexes the flattened [N, K] tensor: if K is no multiple of the block, blocks cross rows,
 as in bitsandbytes. Element 2j is the high nibble of byte j, 2j + 1 the low one.
 
-NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ, MXFP4, NVFP4 and GGUF Q4_0 are LUT4 with other
-tables, scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
+NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ, MXFP4, NVFP4 and most types of GGUF are LUT4
+with other tables, scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NF4 = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0 - m / 12 for m in _FP4_MAGNITUDES)
 UNSIGNED = tuple(float(i) for i in range(16))  # GPTQ, AWQ and own int4: scale · q + offset
-CENTERED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0
+CENTERED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0 and Q3_K
 
 NESTED = ("scale_code", "scale_scale", "scale_offset")  # names of Nested.parts
 SCHEMES = ("nf4", "fp4", "int4", "int8")
