@@ -34,6 +34,7 @@ from ..training.logs.run_files import read_run
 from ..training.progress import TrainingProgress
 from ..training.student import prepare_loaded
 from ..training.teacher_setup import check_fit
+from ..training.token_batches import token_batches
 from ..training.trainer import DistillTrainer
 from .loaders import (
     as_exit_code_1,
@@ -286,7 +287,7 @@ def dry_run(options: Train, extra: dict[str, Any]) -> Checked:
             for name, part in lengths.items()
             if part.taught < part.seen and not (name == "train_dataset" and config.lmbda == 1.0)
         },
-        steps=_steps(config, len(data)),
+        steps=_steps(config, data, encoder),
     )
 
 
@@ -331,9 +332,12 @@ def _adapters(rank: int | None) -> Any:
     return peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _steps(config: DistillConfig, examples: int) -> int:
+def _steps(config: DistillConfig, data: Sequence[Any], encoder: Encoder) -> int:
+    if config.max_tokens_per_batch is not None:
+        batches = math.ceil(len(token_batches(config, data, encoder)) / config.world_size)
+    else:
+        batches = math.ceil(len(data) / (config.train_batch_size * config.world_size))
     if config.max_steps > 0:
         return int(config.max_steps)
-    batches = math.ceil(examples / (config.train_batch_size * config.world_size))
     steps: int = math.ceil(batches / config.gradient_accumulation_steps * config.num_train_epochs)
     return steps

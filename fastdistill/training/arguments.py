@@ -264,6 +264,31 @@ def check_sampling(config: TrainingArguments, dataset: Any) -> None:
         )
 
 
+def check_token_batches(config: Any) -> None:
+    """Raise ValueError for options that max_tokens_per_batch would ignore or contradict."""
+    accelerator = config.accelerator_config
+    for name, value, expected in (
+        ("per_device_train_batch_size", config.per_device_train_batch_size, 8),
+        (
+            "train_sampling_strategy",
+            _text(getattr(config, "train_sampling_strategy", "random")),
+            "random",
+        ),
+        ("dataloader_drop_last", config.dataloader_drop_last, False),
+        ("auto_find_batch_size", config.auto_find_batch_size, False),
+        ("lmbda", config.lmbda, 0.0),
+        ("accelerator_config", bool(accelerator.split_batches), False),
+        ("accelerator_config", bool(accelerator.dispatch_batches), False),
+    ):
+        if value != expected:
+            checks.fail(
+                name,
+                "its default with max_tokens_per_batch",
+                repr(value),
+                "the budget alone determines the rows of a batch, from the lengths of the examples",
+            )
+
+
 def schedule_options(config: TrainingArguments) -> Any:
     """Return lr_scheduler_kwargs, with the direction of the metric for schedules that follow it."""
     options = config.lr_scheduler_kwargs

@@ -20,6 +20,7 @@ from .arguments import (
     SAVING_SHARE,
     check_arguments,
     check_device,
+    check_token_batches,
     direction_of,
     scale_intervals,
     schedule_options,
@@ -65,6 +66,9 @@ class DistillConfig(TrainingArguments):
         packing: concatenate the sequences of a batch in one row without padding, separated by
             their positions. Gives the same update; a model whose attention does not support it
             raises an error.
+        max_tokens_per_batch: sort rows by length into batches of at most so many tokens, padding
+            included, instead of batches of per_device_train_batch_size rows. The seed determines
+            the batches and their order, which changes with the epoch.
         dtype: weight type of a student loaded from a path: "float32", "bfloat16", "float16", or
             "auto" for the stored type. None is float32, because 16-bit weights lose updates
             smaller than half a step of the weight; with peft_config, None is "auto", because those
@@ -119,6 +123,7 @@ class DistillConfig(TrainingArguments):
     chat_template: str | None = None
     train_on_template_tokens: bool = True
     packing: bool = False
+    max_tokens_per_batch: int | None = None
     dtype: str | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
 
@@ -143,6 +148,7 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         checks.integer("k", self.k, 1, optional=True)
         checks.integer("max_length", self.max_length, 2, optional=True)
+        checks.integer("max_tokens_per_batch", self.max_tokens_per_batch, 2, optional=True)
         checks.integer("max_new_tokens", self.max_new_tokens, 1)
         checks.choice("divergence", self.divergence, DIVERGENCES)
         checks.choice("tail", self.tail, TAILS)
@@ -187,6 +193,8 @@ class DistillConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         super().__post_init__()
         check_device(self)
+        if self.max_tokens_per_batch is not None:
+            check_token_batches(self)
         if self.nonfinite == "skip" and (self.deepspeed or steps_in_backward(self)):
             checks.fail(
                 "nonfinite",

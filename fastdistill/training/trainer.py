@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import has_length, seed_worker
 
 from ..hf.collator import DistillCollator
 from ..hf.encoder import Encoder
@@ -55,8 +55,17 @@ from .student import (
 from .targets import Targets
 from .teacher_answers import get_answers, has_trusted_positions
 from .teacher_setup import TeacherLike, resolve_teacher
+from .token_batches import token_batches
 from .torch_defaults import plain_defaults
 
+_LOADER_OPTIONS = (
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "in_order",
+)
 Examples = Dataset[Any] | list[dict[str, Any]]
 
 
@@ -318,12 +327,38 @@ class DistillTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.args.max_tokens_per_batch is not None:
+            return self._loader_by_tokens()
         loader: DataLoader[Any] = super().get_train_dataloader()
         if has_length(loader) and not len(loader):
             expected = f"a batch of {self.args.train_batch_size}"
             got = f"{len(self.train_dataset):,} examples, which dataloader_drop_last drops"
             checks.fail("train_dataset", expected, got)
         return loader
+
+    def _loader_by_tokens(self) -> DataLoader[Any]:
+        """Return the loader of max_tokens_per_batch, with the dataloader_* options of args."""
+        options = {
+            name: getattr(self.args, f"dataloader_{name}")
+            for name in _LOADER_OPTIONS
+            if hasattr(self.args, f"dataloader_{name}")
+        }
+        workers = {"num_workers": self.args.dataloader_num_workers, "rank": self.args.process_index}
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=token_batches(
+                self.args,
+                self.train_dataset,
+                self.data_collator.encoder,
+                # A whole number at the beginning of an epoch, also of a resumed run.
+                epoch=lambda: int(self.state.epoch or 0),
+            ),
+            collate_fn=self.data_collator,
+            worker_init_fn=partial(seed_worker, **workers),
+            **options,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_drop_last():

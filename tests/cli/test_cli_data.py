@@ -49,9 +49,12 @@ def test_a_line_between_those_that_are_sampled(run, folder, tmp_path, line, word
 def test_counts_are_of_all_lines(run, folder, tmp_path):
     long = {"input_ids": list(range(5, 25)), "labels": [-100] * 15 + list(range(20, 25))}
     data = lines(tmp_path / "data.jsonl", [*GOOD[:99], long])
-    code, out, _ = run(*train(folder, data, "--json"))
+    code, out, _ = run(
+        *train(folder, data, "--json", "max_tokens_per_batch=24", "num_train_epochs=1")
+    )
     summary = json.loads(out)
     assert code == 0
+    assert summary["steps"] == 13 + 1  # eight short lines a batch, and the long one alone
     assert (summary["tokens"], summary["targets"], summary["longest"]) == (
         99 * 3 + 20,
         99 * 2 + 5,
