@@ -212,7 +212,7 @@ def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
     if method not in _METHODS:
         expected = f"full precision, or one of {', '.join(_METHODS)}"
         got = f"{folder} of quant_method {printable(repr(method))}"
-        hint = "load_teacher reads what save_quantized wrote; load another model and pass it"
+        hint = "load_teacher reads other kinds; load another model and pass it"
         checks.fail("path_or_model", expected, got, hint)
     check_stored_method(files, read_json(folder / CONFIG))
 

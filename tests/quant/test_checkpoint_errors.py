@@ -207,7 +207,7 @@ def test_unknown_type_of_a_tensor(tmp_path):
     "settings, words",
     [
         ({"quant_method": "hqq"}, r"expected one of .*'bitsandbytes'.*'awq'.*got 'hqq'"),
-        ({"quant_method": "torchao"}, "got 'torchao'"),
+        ({"quant_method": "auto-round"}, "got 'auto-round'"),
         ({"quant_method": ["gptq"]}, r"got \['gptq'\]"),
         ({"bits": 4}, "got None"),
         (["gptq"], "expected an object, got list"),

@@ -252,7 +252,7 @@ def _integers(files: TensorFiles, schemes: list[Scheme], layer: str) -> QuantWei
         perm = groups.argsort(stable=True)
     exact = zero is None or files.dtype(layer + _SCALE) in ("F16", "BF16")
     if bits == 4 and exact and block % 2 == 0 and K % 2 == 0:
-        return _lut4(files, name, q if perm is None else q[:, perm], scale, zero, block, perm)
+        return four_bits(files, name, q if perm is None else q[:, perm], scale, zero, block, perm)
     of_column = torch.arange(K) // block if groups is None else groups
     steps = q.short() if zero is None else q.short() - zero.short()[:, of_column]
     if perm is None and bool((steps == steps.to(torch.int8)).all()):
@@ -264,15 +264,16 @@ def _integers(files: TensorFiles, schemes: list[Scheme], layer: str) -> QuantWei
     return Expanded(steps.float().mul_(scale[:, of_column]), kind)
 
 
-def _lut4(
+def four_bits(
     files: TensorFiles,
     name: str,
-    q: Tensor,  # int8 [N, K] in −8..7
+    q: Tensor,  # integers [N, K] in −8..7
     scale: Tensor,  # fp32 [N, G]
     zero: Tensor | None,  # int8 [N, G]
     block: int,
     perm: Tensor | None,
 ) -> Lut4Weight:
+    """Return (q − zero) · scale; K and the block are even."""
     codes = (q + 8).to(torch.uint8)
     with reading(files.file_of(name), name):
         return Lut4Weight(

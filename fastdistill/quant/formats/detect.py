@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import awq, bnb, compressed_tensors, fp8, gptq, mxfp4, own_format
+from . import awq, bnb, compressed_tensors, fp8, gptq, mxfp4, own_format, torchao
 from .gguf import read_gguf
 from .gguf_header import MAGIC
 from .tensor_files import (
@@ -56,6 +56,7 @@ _FORMATS: dict[str, Format] = {
     ),
     "fp8": Format(fp8.weights, fp8.is_stored, notes=fp8.notes, expands=lambda config: True),
     "mxfp4": Format(mxfp4.weights, mxfp4.is_stored),
+    "torchao": Format(torchao.weights, torchao.is_stored, notes=torchao.notes),
 }
 
 
@@ -179,7 +180,10 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
     method = method_of(settings)
     if not isinstance(method, str) or method not in _FORMATS:
         expected = f"one of {tuple(_FORMATS)}, or a .gguf file"
-        hint = "use the unquantized checkpoint, and quantize it here"
+        hint = (
+            "use the unquantized checkpoint, and quantize it here; or load it where its package is "
+            "installed, dequantize it (model.dequantize() of transformers), and save_pretrained"
+        )
         fail_checkpoint(f"{files.config_file}: quant_method", expected, repr(method), hint)
     if method not in stored:
         expected = f"the tensors of {method}, because config.json says so"
