@@ -2,6 +2,7 @@
 
 A column is either read, or it is text or a single value that describes the example. An unread
 column of numbers, bytes or objects could change the meaning of the example, so it raises an error.
+So does one with a name of content, such as "response", whose text is in no column that is read.
 None counts as absent, since Arrow fills missing columns with it.
 """
 
@@ -33,6 +34,11 @@ _READ = {
     "text": (),
 }
 _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
+# Columns of instruction and preference datasets that are part of the conversation.
+_CONTENT = (
+    *("instruction", "input", "system", "system_prompt", "conversation", "conversations"),
+    *("response", "responses", "output", "outputs", "chosen", "rejected"),
+)
 _SINGLE = (
     str,
     bool,
@@ -62,7 +68,7 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(example, Mapping):
         fail("train_dataset", f"dicts with {FORMS}", type(example).__name__)
     columns = {name: value for name, value in example.items() if value is not None}
-    form = next((name for name in _READ if name in columns), None)
+    form = form_of(columns)
     if form is None:
         empty = sorted(str(name) for name in example if name not in columns)
         got = f"{sorted(map(str, columns))}" + (f", and None in {empty}" if empty else "")
@@ -80,6 +86,11 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
     if form != "input_ids":
         columns |= _checked_rendering(columns, form)
     return form, columns
+
+
+def form_of(example: Mapping[Any, Any]) -> str | None:
+    """Return the column that decides how an example is read; None if it has none of them."""
+    return next((name for name in _READ if example.get(name) is not None), None)
 
 
 def check_text(name: str, value: Any) -> str:
@@ -220,6 +231,8 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
     is_empty = isinstance(value, (Mapping, Sequence)) and not len(value)
     if name in ("tools", "chat_template_kwargs") and form == "text" and not is_empty:
         fail(name, "messages, whose template reads it", "text with it")
+    if name in _CONTENT and form != "input_ids":
+        _check_content_is_read(name, value, form, columns)
     if name in _TEXTS or not _is_data(value):
         return
     what = f"{type(value).__name__} of numbers or bytes"
@@ -233,6 +246,31 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
         "images, audio, positions and lengths of packed documents are not read: remove the column "
         "if it does not matter, and pass packed documents as examples of their own",
     )
+
+
+def _check_content_is_read(name: str, value: Any, form: str, columns: Mapping[str, Any]) -> None:
+    """Raise ValueError if a text in `value` is in no column that is read."""
+    read = "\n".join(_texts_in([columns[form], columns.get("completion")]))
+    lost = [text for text in _texts_in(value) if text.strip() not in read]
+    if lost:
+        fail(
+            name,
+            f"content in the columns that are read ({', '.join((form, *_READ[form]))})",
+            f"a text in none of them: {printable(repr(lost[0]), 60)}",
+            "it would be ignored: make it part of messages, prompt or completion, or remove the "
+            "column if it does not matter",
+        )
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Return the texts of a text, a list or a conversation, without the roles."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = [item for key, item in value.items() if key not in ("role", "from", "type")]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in _texts_in(item)]
+    return []
 
 
 def _is_data(value: Any) -> bool:

@@ -44,7 +44,11 @@ def open_dataset(source: str | Path, name: str = "data") -> Any:
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES and not _is_json_list(path):
         return JsonLines(path, name, check_example)
-    rows = _json_list(path, name) if path.suffix in SUFFIXES else _load(str(source), name)
+    if path.suffix in SUFFIXES:
+        rows = _json_list(path, name)
+    else:
+        rows = _load(str(source), name)
+        _check_no_media(rows, name, source)
     if not len(rows):
         fail(name, "an example", f"none in {printable(source)}")
     for index in range(len(rows)):
@@ -106,6 +110,20 @@ def _load(source: str, name: str) -> Any:
         hint = f"pass {printable(base)}:{next(iter(rows))}"
         fail(name, f"a split of {', '.join(rows)}", printable(repr(source)), hint)
     return rows[split]
+
+
+def _check_no_media(rows: Any, name: str, source: str | Path) -> None:
+    """Raise ValueError for a column of images, audio or video, before it is decoded."""
+    from datasets.features.features import require_decoding
+
+    for column, feature in rows.features.items():
+        if require_decoding(feature):
+            fail(
+                name,
+                f"columns of texts and ids in {printable(source)}",
+                f"{printable(repr(feature), 40)} in the column {printable(repr(column))}",
+                "images, audio and video are not read; remove the column",
+            )
 
 
 def _file(path: Path) -> Any:

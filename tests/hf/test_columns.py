@@ -84,6 +84,35 @@ def test_columns_that_nothing_reads_are_refused_by_name(form, name):
         encoder()(form | {name: DATA[name]}, 5)
 
 
+@pytest.mark.parametrize(
+    ("example", "name"),
+    [
+        (PAIR | {"system": "a dog"}, "system"),
+        (PAIR | {"input": ["it is", "a dog"]}, "input"),
+        ({"prompt": "a cat", "response": "it is"}, "response"),
+        ({"prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[1:2]}, "chosen"),
+        (TEXT | {"output": "it is"}, "output"),
+        (CHAT | {"conversations": [{"from": "human", "value": "a dog!"}]}, "conversations"),
+    ],
+)
+def test_content_that_nothing_reads_is_refused_by_name(example, name):
+    with pytest.raises(ValueError, match=rf"{name}: expected content in the .*\(example 3\)"):
+        encoder()(example, 3)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        TEXT | {"instruction": "a", "input": "", "output": " cat\n"},
+        PAIR | {"response": "it is", "input": None, "outputs": 3},
+        CHAT | {"chosen": TALK, "system_prompt": ""},
+        IDS | {"response": "it is"},
+    ],
+)
+def test_content_that_is_read_may_come_twice(example):
+    encoder()(example)
+
+
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("name", ["labels", "attention_mask", "position_ids", "assistant_masks"])
 def test_columns_of_ids_beside_text_are_refused(form, name):

@@ -126,6 +126,15 @@ def test_names_on_the_hub_need_a_split(sources):
         open_dataset("owner/other:train")
 
 
+def test_columns_of_images_are_refused_before_they_are_decoded(tmp_path):
+    features = {"text": datasets.Value("string"), "shots": datasets.List(datasets.Image())}
+    rows = {"text": ["a"], "shots": [[{"bytes": b"none", "path": None}]]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"data: expected columns of texts .* column 'shots'; im"):
+        open_dataset(tmp_path / "saved")
+
+
 def test_the_extra_is_named(sources, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtra, match=r"data: .* datasets, .*'fastdistill\[data\]'"):

@@ -45,6 +45,24 @@ def test_data_without_a_target_is_refused(example, why):
     check([example] * 9, tokenizer(STOCK), prompts_only=True)
 
 
+@pytest.mark.parametrize(
+    ("example", "name"),
+    [
+        ({"prompt": "a cat", "completion": None}, "completion"),
+        ({"input_ids": [4, 5], "labels": None}, "labels"),
+        ({"input_ids": [4, 5], "completion_mask": None}, "completion_mask"),
+    ],
+)
+def test_null_columns_of_targets_are_refused_by_name(example, name):
+    words = f"train_dataset: expected values in the column '{name}', got None in all 9 examples"
+    with pytest.raises(ValueError, match=words):
+        check([*[example] * 9, {"text": "a cat", name: None}], tokenizer(STOCK))
+    check([example] * 9, tokenizer(STOCK), prompts_only=True)
+    full = {"prompt": "a cat", "completion": "it is"}
+    ids = {"input_ids": [4, 5], "labels": [4, 5], "completion_mask": [1, 1]}
+    check([*[example] * 9, full, ids], tokenizer(STOCK))
+
+
 BOT = {"messages": [{**TALK[0]}, {"role": "bot", "content": "it"}]}
 
 

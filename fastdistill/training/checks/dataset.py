@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...hf.columns import MASKS, form_of
 from ...hf.encoder import IGNORE_INDEX, EncodedExample, Encoder, is_listed
 from ...runtime import checks
 from ...runtime.printable import printable
@@ -83,6 +84,7 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
         return
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
+        _check_null_columns(name, [example for example, _ in rows])
         if not any(has_target(row) for _, row in rows):
             got = f"none in {len(rows):,} examples"
             checks.fail(name, "target tokens", got, _why_no_target(rows))
@@ -91,6 +93,27 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     if labeled_rows:
         _check_not_shifted(name, labeled_rows)
         _check_end_token(name, labeled_rows, encoder.tokenizer)
+
+
+def _check_null_columns(name: str, examples: list[Any]) -> None:
+    """Raise ValueError for a column of targets that is None in all examples of its form."""
+    columns = {"prompt": ["completion"], "input_ids": ["labels", *MASKS]}
+    for form, several in columns.items():
+        of_form = [example for example in examples if form_of(example) == form]
+        for column in several:
+            has_column = any(column in example for example in of_form)
+            if has_column and all(example.get(column) is None for example in of_form):
+                checks.fail(
+                    name,
+                    f"values in the column {column!r}",
+                    f"None in all {len(of_form):,} examples checked",
+                    "fill the column; or remove it, if "
+                    + (
+                        "the student samples completions (lmbda=1)"
+                        if form == "prompt"
+                        else "every token is a target"
+                    ),
+                )
 
 
 @dataclass
