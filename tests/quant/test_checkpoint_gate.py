@@ -14,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from fastdistill import load_teacher
 from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.hf.checkpoint import load_whole
-from fastdistill.quant.formats.checkpoint_gate import check_folder, load_config, load_tokenizer
+from fastdistill.quant.formats.checkpoint_gate import (
+    check_choices,
+    check_folder,
+    load_config,
+    load_tokenizer,
+)
 from fastdistill.quant.formats.tensor_files import CheckpointError
 from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights, shard
 
@@ -151,6 +156,15 @@ def test_a_tokenizer_is_read_without_code_and_network(folder, monkeypatch):
     assert load_tokenizer(folder).get_vocab() == world_tokenizer().get_vocab()
     with pytest.raises(OSError, match=r"expected a folder with a tokenizer"):
         load_tokenizer(folder / "nowhere")
+
+
+def test_names_of_modules_have_two_stars_at_most(tmp_path):
+    """Libraries use them as regular expressions; gpt-oss has "model.layers.*.self_attn"."""
+    key = "modules_to_not_convert"
+    check_choices(tmp_path, {key: ["lm_head", "model.layers.*.self_attn", "a.*.b.*.c"]})
+    for name in ("(a+)+$", "a*b*c*d", "a|b"):
+        with pytest.raises(CheckpointError, match="expected names of modules, got"):
+            check_choices(tmp_path, {key: [name]})
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -128,6 +128,39 @@ def test_experts_of_two_kinds_are_refused(tmp_path):
         load_quantized(ours)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("preset", ["W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4"])
+def test_checkpoints_that_the_package_writes(tmp_path, preset):
+    package = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    scheme = package.preset_name_to_scheme(preset, ["Linear"])
+    if scheme.weights.strategy == "group":
+        scheme.weights.group_size = 32
+    config = package.QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    model = model_of("llama").bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        package.apply_quantization_config(model, config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):  # of weights and activations
+                parameter.data.fill_(1 / 128)
+            elif name.endswith("zero_point") and not scheme.weights.symmetric:
+                parameter.data.fill_(3)
+        compressor = compressors.ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        model.save_pretrained(tmp_path)
+        compressor.update_config(tmp_path)
+        ours, _ = load(tmp_path)
+        compressor.decompress_model(model)
+    projections = [name for name in model.state_dict() if name.endswith("_proj.weight")]
+    assert len(projections) == 14
+    for name in projections:
+        layer = ours.get_submodule(name.removesuffix(".weight"))
+        is_dense = isinstance(layer, torch.nn.Linear)
+        dense = layer.weight if is_dense else layer.dequantize(torch.bfloat16)
+        assert torch.equal(dense, model.state_dict()[name].to(torch.bfloat16)), name
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 

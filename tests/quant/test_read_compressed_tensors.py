@@ -74,6 +74,12 @@ def test_values(tmp_path, name):
     assert torch.equal(expand(weight, BF16), expected.float().bfloat16())
 
 
+def test_block_structure_of_older_versions(tmp_path):
+    tensors, args, expected, written, _ = case("fp8 small block")
+    weight = read(tmp_path, tensors, settings(args | {"block_structure": "4x2"}, written))
+    assert torch.equal(weight.values, expected.float())
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("name", [name for name in CASES if "act-order" not in name])
 def test_values_of_the_package(tmp_path, name):

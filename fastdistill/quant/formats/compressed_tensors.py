@@ -27,6 +27,7 @@ types and shapes: the regular expressions of `targets` and `ignore` are not eval
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -157,10 +158,18 @@ def _scheme(args: dict[str, Any]) -> Scheme:
     if type(symmetric) is not bool:
         fail("symmetric", "true or false", repr(symmetric))
     columns = integer(args, "group_size", 1) if "group" in strategy else 0
-    tile = tile_of(args, "block_structure") if strategy == "block" else None
+    tile = tile_of(_with_list(args), "block_structure") if strategy == "block" else None
     if strategy == "block" and tile is None:
         fail("block_structure", "two positive integers [rows, columns]", "none")
     return Scheme(bits, kind, strategy, symmetric, columns, tile)
+
+
+def _with_list(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with a block_structure "128x128", of older versions, as a list."""
+    block = args.get("block_structure")
+    if not isinstance(block, str) or not re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", block):
+        return args
+    return args | {"block_structure": [int(size) for size in block.split("x")]}
 
 
 def _codes(files: TensorFiles, layer: str) -> str:
