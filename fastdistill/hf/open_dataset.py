@@ -15,7 +15,7 @@ from typing import Any
 
 from ..runtime.checks import fail
 from ..runtime.json_text import parse_json
-from ..runtime.optional import needs
+from ..runtime.optional import require
 from ..runtime.printable import printable
 from .encoder import check_example
 from .jsonl import SUFFIXES, JsonLines, Line
@@ -39,7 +39,7 @@ def open_dataset(source: str | Path, name: str = "data") -> Any:
     Raises:
         ValueError: nothing is there, it cannot be read, it has several splits and none is named,
         or a row, named by its number, is not an example (see columns.py).
-        MissingExtra: the package datasets is needed and not installed.
+        ImportError: the package datasets is needed and not installed.
     """
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES and not _is_json_list(path):
@@ -87,8 +87,7 @@ def _load(source: str, name: str) -> Any:
     is_on_hub = len(parts) < 3 and HUB_NAME.fullmatch(base) and not is_path
     if not (is_file or is_saved or is_on_hub):
         fail(name, _KINDS, printable(repr(source)))
-    with needs(name, "data"):
-        import datasets
+    datasets = require("datasets", name, "'fastdistill[data]'")
     split = parts[-1] if parts else None
     try:
         if is_file:

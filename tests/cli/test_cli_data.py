@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -91,3 +92,11 @@ def test_parquet_is_read_as_json_lines_are(run, folder, tmp_path, monkeypatch):
     code, _, err = run(*train(folder, data, "--eval-data", tmp_path / "none.parquet"))
     assert code == 2
     assert "eval_data: expected a .jsonl, .json, .parquet or .csv file" in err
+
+
+def test_the_extra_of_hub_datasets_is_named(run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, err = run(*train(folder, "owner/name:train"))
+    assert code == 2
+    assert "fastdistill: data: expected the package datasets, which is not installed; " in err
+    assert "pip install 'fastdistill[data]'" in err

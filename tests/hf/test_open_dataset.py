@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 
 import datasets
 import pytest
 import torch
 
 from fastdistill.hf.open_dataset import open_dataset
-from fastdistill.runtime.optional import MissingExtra
 from helpers.example_texts import tokenizer
 from helpers.training import build, weights
 
@@ -133,9 +131,3 @@ def test_columns_of_images_are_refused_before_they_are_decoded(tmp_path):
     table.save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"data: expected columns of texts .* column 'shots'; im"):
         open_dataset(tmp_path / "saved")
-
-
-def test_the_extra_is_named(sources, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtra, match=r"data: .* datasets, .*'fastdistill\[data\]'"):
-        open_dataset("owner/name:train")
