@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-_DATA = "File (.jsonl, .json, .parquet, .csv), saved folder or hub name:split."
+_DATA = (
+    "Rows of messages, prompt/completion, text or input_ids: a file (.jsonl, .json, .parquet, "
+    ".csv), a folder saved by datasets, or a hub name:split."
+)
 _STUDY_OUT = Path("fastdistill-experiment")
 _QUANT = "Quantize the teacher: nf4, fp4, int4 or int8."
 

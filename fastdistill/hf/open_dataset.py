@@ -51,11 +51,11 @@ def open_dataset(source: str | Path, name: str = "data") -> Any:
         _check_no_media(rows, name, source)
     if not len(rows):
         fail(name, "an example", f"none in {printable(source)}")
-    for index in range(len(rows)):
+    for number, row in enumerate(rows, 1):
         try:
-            check_example(rows[index])
+            check_example(row)
         except (ValueError, TypeError) as error:
-            place = f"row {index + 1} of {printable(source)}"
+            place = f"row {number} of {printable(source)}"
             raise type(error)(f"{name}: {error} ({place})") from None
     return rows
 

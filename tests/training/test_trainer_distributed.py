@@ -66,6 +66,12 @@ def test_two_data_parallel_processes(tmp_path, alone, options):
     compare(alone(**reference), launch(tmp_path / "two", 2, "ddp", 3, 2, **options))
 
 
+def test_two_processes_share_batches_by_length(tmp_path, alone):
+    # The 12 rows make four batches: an update of two processes with two each has all rows.
+    two = launch(tmp_path / "two", 2, "ddp", 8, 2, max_tokens_per_batch=63)
+    compare(alone(), two)
+
+
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, {"tied": True}, ON_POLICY], ids=str)
 def test_two_shards_of_fsdp2(tmp_path, alone, options):
