@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
+from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.quant import CheckpointError, load_quantized, save_quantized
 from fastdistill.quant.experts import ExpertStack
-from fastdistill.quant.formats.detect import keeps_bits
 from fastdistill.quant.linear import Int8Linear, LUT4Linear
+from fastdistill.teachers.local import check_quantization
 from helpers.peer_formats import fp8_blocks, integers, settings
 from helpers.quant_models import SIZES, logits, model_of
 
@@ -121,9 +122,10 @@ def test_experts_of_two_kinds_are_refused(tmp_path):
         return None if "experts.2.w1" in name else int4(name, N, K)
 
     ours, _ = write(tmp_path, model_of("mixtral"), make, settings(INT4))
-    assert keeps_bits(ours)
     with pytest.raises(ValueError, match=r"quant: expected None, since .* quantized already"):
         load_quantized(ours, quant="int8")
+    with pytest.raises(ValueError, match=r"quant: expected None, since .* quantized already"):
+        check_quantization(StoredModel.from_path(ours), "int8", "auto")
     with pytest.raises(CheckpointError, match=r"w1.weight': expected full precision, or quantized"):
         load_quantized(ours)
 
@@ -177,6 +179,7 @@ def test_fp8_in_blocks(tmp_path):
     )
     assert "MB; pass quant= to quantize them" in messages
     assert "activations are not quantized to FP8 here" in messages
+    check_quantization(StoredModel.from_path(ours), "int8", "auto")
     quantized, messages = load(ours, quant="int8")
     assert torch.equal(logits(quantized), logits(load(dense, quant="int8")[0]))
     assert "expanded" not in messages
