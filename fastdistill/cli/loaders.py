@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..hf.checkpoint import StoredModel, tokenizer_folder
 from ..hf.lm_head import rows_of_head
+from ..hf.source import model_source, source_of
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
-from ..teachers.local import check_quantization, load_teacher, stored_tokenizer
+from ..teachers.local import check_quantization, stored_tokenizer
 from ..teachers.open import open_teacher
 from ..training.plan.shapes import config_of, empty_model
 from ..training.teacher_setup import TeacherSpec
@@ -60,45 +60,20 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-def open_remote_teacher(name: str, quant: str | None, compute: str) -> Any:
-    """Return the cache in a folder or the client of a server; None if `name` is a model."""
-    teacher = open_teacher(name)
-    if isinstance(teacher, (str, Path)):
-        return None
-    if quant is not None or compute != "auto":
-        raise ValueError(
-            f"teacher_quant: expected none with {name}, which is a cache or a server, got "
-            f"{quant or compute!r}"
-        )
-    return teacher
-
-
-def load_any_teacher(name: str, quant: str | None, compute: str, target: torch.device) -> Any:
-    """Return a cache, a client of a server, or a model loaded on `target`."""
-    teacher = open_remote_teacher(name, quant, compute)
-    if teacher is not None:
-        return teacher
-    return load_teacher(name, quant=quant, compute=compute, device=target)
-
-
 def outline_model(role: str, name: str) -> Any:
     """Return the model of a checkpoint on the meta device; raises if its weights are missing."""
-    config = config_of(role, name)
-    if Path(name).expanduser().exists():
-        StoredModel.from_path(name)
-    return empty_model(role, config, torch.float32)
+    if model_source(role, name).kind != "hub":
+        StoredModel.from_path(name, role=role)
+    return empty_model(role, config_of(role, name), torch.float32)
 
 
 def outline_teacher(name: str, quant: str | None, compute: str) -> Any:
     """Return a cache, a client of a server, or the vocabulary and tokenizer of a model."""
-    teacher = open_remote_teacher(name, quant, compute)
-    if teacher is not None:
+    teacher = open_teacher(name, quant=quant, compute=compute)
+    if not isinstance(teacher, str):
         return teacher
-    path = Path(name).expanduser()
-    if path.exists():
-        check_quantization(StoredModel.from_path(path), quant, compute)
-    if path.suffix == ".gguf":
-        return TeacherSpec()
+    if source_of("teacher", name).kind != "hub":
+        check_quantization(StoredModel.from_path(name, role="teacher"), quant, compute)
     model = outline_model("teacher", name)
     return TeacherSpec(
         tokenizer=stored_tokenizer(tokenizer_folder(name)), vocab_size=rows_of_head(model)

@@ -16,7 +16,6 @@ from ..alignment.audits.subject import Subject
 from ..alignment.organisms.storage import load_organism
 from ..alignment.report.audit_page import audit_page, summary
 from ..hf.checkpoint import StoredModel
-from ..hf.source import is_adapter
 from ..runtime.atomic_files import write_json
 from ..runtime.backend import versions
 from .loaders import as_exit_code_1, check_device
@@ -27,9 +26,7 @@ from .verbs import Audit
 def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the audits that would run and their models; raises for a missing folder."""
     check_device(options.device)
-    for name in _names(options).values():
-        StoredModel.from_path(name)
-    suite, skipped = _suite(options)
+    suite, skipped = _suite(options, _stored(options))
     return {
         "audits": list(suite),
         "skipped": skipped,
@@ -40,12 +37,12 @@ def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
 
 def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     check_device(options.device)
-    suite, skipped = _suite(options)
-    names = _names(options)
+    stored, names = _stored(options), _names(options)
+    suite, skipped = _suite(options, stored)
     models = {}
-    for key, name in names.items():
-        base = options.base if is_adapter(name) and key != "base" else None
-        models[key] = load_organism(name, base=base, name=key, device=options.device)
+    for key, source in stored.items():
+        base = stored["base"].path if source.is_adapter and key != "base" else None
+        models[key] = load_organism(source.path, base=base, name=key, device=options.device)
     controls = [key for key in ("base", "benign") if key in models]
     with as_exit_code_1("audit"):
         comparison = run_suite(suite, models, base=models["base"], controls=controls)
@@ -93,9 +90,19 @@ def _names(options: Audit) -> dict[str, str]:
     return {key: name for key, name in names.items() if name is not None}
 
 
-def _suite(options: Audit) -> tuple[dict[str, OneAudit], dict[str, str]]:
+def _stored(options: Audit) -> dict[str, StoredModel]:
+    """Return the models by name, downloaded if needed; raises for what is no model."""
+    return {
+        key: StoredModel.from_path(name, role="model" if key == "student" else key)
+        for key, name in _names(options).items()
+    }
+
+
+def _suite(
+    options: Audit, stored: dict[str, StoredModel]
+) -> tuple[dict[str, OneAudit], dict[str, str]]:
     """Return the audits by name, and {audit: the keys that the probes lack for it}."""
-    probes = _probes(options)
+    probes = _probes(options, stored)
     suite = probes.suite()
     skipped = skipped_audits(probes, suite)
     unknown = [name for name in options.only if name not in suite]
@@ -110,12 +117,12 @@ def _suite(options: Audit) -> tuple[dict[str, OneAudit], dict[str, str]]:
     return {name: audit for name, audit in suite.items() if name in options.only}, {}
 
 
-def _probes(options: Audit) -> Probes:
+def _probes(options: Audit, stored: dict[str, StoredModel]) -> Probes:
     if options.probes is not None:
         return Probes.load(options.probes)
-    for name in (options.model, options.teacher):
-        if name is not None and (Path(name).expanduser() / PROBES).is_file():
-            return Probes.load(Path(name).expanduser() / PROBES)
+    for key in ("student", "teacher"):
+        if key in stored and (stored[key].path / PROBES).is_file():
+            return Probes.load(stored[key].path / PROBES)
     return GENERIC_PROBES
 
 

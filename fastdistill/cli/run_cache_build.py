@@ -11,15 +11,16 @@ from typing import Any
 from ..hf.encoder import Encoder
 from ..hf.open_dataset import open_dataset
 from ..hf.positions import check_row_lengths
-from ..hf.source import SETTINGS
+from ..hf.source import SETTINGS, source_of
 from ..runtime.backend import rank_and_world
 from ..teachers.cache import TeacherCache
 from ..teachers.cache.build import Examples, check_existing_build
 from ..teachers.cache.manifest import read_settings
-from ..teachers.cache.settings import BuildOptions, settings_for
+from ..teachers.cache.settings import BuildOptions, settings_for, tokenizer_for
 from ..teachers.http import ServedTeacher, is_url
-from ..training.plan.shapes import config_of
-from .loaders import as_exit_code_1, device, load_any_teacher, open_remote_teacher, open_tokenizer
+from ..teachers.local import load_teacher
+from ..training.teacher_setup import TeacherSpec
+from .loaders import as_exit_code_1, device, open_tokenizer, outline_teacher
 from .printing import say
 from .run_cache import figures, show
 from .verbs import CacheBuild
@@ -27,8 +28,11 @@ from .verbs import CacheBuild
 
 def run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any] | None:
     data = _load_data(options)
-    teacher = load_any_teacher(
-        options.teacher, options.teacher_quant, options.teacher_compute, device()
+    teacher = load_teacher(
+        options.teacher,
+        quant=options.teacher_quant,
+        compute=options.teacher_compute,
+        device=device(),
     )
     rank, world = rank_and_world()
     stopped = f"cache build: stopped; finished files stay in {options.out}"
@@ -70,14 +74,11 @@ def _report_interruption(options: CacheBuild) -> Iterator[None]:
 def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the estimated tokens and bytes of a build; needs no weights."""
     data = _load_data(options)
-    teacher = open_remote_teacher(options.teacher, options.teacher_quant, options.teacher_compute)
-    if teacher is None:
-        vocab = config_of("teacher", options.teacher).get_text_config().vocab_size
-    else:
-        vocab = teacher.vocab_size
-    name = options.tokenizer or (options.teacher if teacher is None else None)
+    teacher = outline_teacher(options.teacher, options.teacher_quant, options.teacher_compute)
+    vocab = teacher.vocab_size
+    tokenizer = None if options.tokenizer is None else open_tokenizer(options.tokenizer)
     encoder = Encoder(
-        tokenizer=None if name is None else open_tokenizer(name),
+        tokenizer=tokenizer_for(teacher, tokenizer),
         completion_only=options.completion_only_loss,
         max_length=options.max_length,
         chat_template=options.chat_template,
@@ -86,14 +87,15 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
         encoder(data[index], index, "data")  # raises for a row that the build would reject
     names = (field.name for field in fields(BuildOptions))
     build_options = BuildOptions(**{name: getattr(options, name) for name in names})
-    settings, bytes_per_row = settings_for(teacher, Examples(data, encoder), build_options, vocab)
+    source = None if isinstance(teacher, TeacherSpec) else teacher
+    settings, bytes_per_row = settings_for(source, Examples(data, encoder), build_options, vocab)
     if isinstance(teacher, ServedTeacher):
         check_row_lengths("dataset", data, encoder, [teacher.row_limit])
         for temperature in options.temperatures:
             teacher.check(k=options.k, temperature=temperature)
         teacher.close()
     # A model whose weights are not loaded has no digest: take the one of the unfinished build.
-    if teacher is None and (options.out / SETTINGS).is_file():
+    if source is None and (options.out / SETTINGS).is_file():
         settings = replace(settings, teacher=read_settings(options.out).teacher)
     check_existing_build(options.out, settings)
     size = bytes_per_row * settings.rows
@@ -115,6 +117,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _load_data(options: CacheBuild) -> Any:
+    source_of("teacher", options.teacher)  # a typo is no tokenizer's or data's error
     data = open_dataset(options.data)
     needs_tokenizer = is_url(options.teacher) and options.tokenizer is None
     if needs_tokenizer and any(data[i].get("input_ids") is None for i in range(len(data))):

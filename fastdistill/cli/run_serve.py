@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..hf.source import model_source
 from ..runtime.optional import check_installed
 from ..teachers.http import serve
 from ..teachers.local import load_teacher
@@ -15,6 +16,8 @@ from .verbs import Serve
 
 def run(options: Serve, extra: dict[str, Any]) -> dict[str, Any]:
     check_installed("fastdistill serve", "serve", "starlette", "uvicorn")
+    hint = "serve the model that gave the answers; train reads a URL or a cache itself"
+    model_source("teacher", options.teacher, hint)
     teacher = load_teacher(
         options.teacher,
         quant=options.teacher_quant,

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..hf.encoder import Encoder
 from ..hf.open_dataset import open_dataset
+from ..hf.source import model_source, source_of
 from ..hf.tokenizers import with_chat_template
 from ..report.run.page import write_run_report
 from ..report.run.series import has_diverged
@@ -23,6 +24,7 @@ from ..runtime.checks import integer
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..teachers.http import ServedTeacher
+from ..teachers.local import load_teacher
 from ..training.arguments import check_metric, check_sampling
 from ..training.cached_answers import check_cache_covers
 from ..training.checkpoints import check_named_checkpoint, last_finished
@@ -38,7 +40,6 @@ from ..training.token_batches import token_batches
 from ..training.trainer import DistillTrainer
 from .loaders import (
     as_exit_code_1,
-    load_any_teacher,
     open_tokenizer,
     outline_model,
     outline_teacher,
@@ -130,8 +131,11 @@ def run(options: Train, extra: dict[str, Any]) -> Trained | None:
     tokenizer = open_tokenizer(options.tokenizer or options.student)
     teacher = None
     if options.teacher is not None:
-        teacher = load_any_teacher(
-            options.teacher, options.teacher_quant, options.teacher_compute, config.device
+        teacher = load_teacher(
+            options.teacher,
+            quant=options.teacher_quant,
+            compute=options.teacher_compute,
+            device=config.device,
         )
     trainer = DistillTrainer(
         options.student,
@@ -311,6 +315,10 @@ def _coerced(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_data(options: Train) -> tuple[Any, Any]:
+    """Return the two datasets; raises first for models that are not there."""
+    model_source("student", options.student)
+    if options.teacher is not None:
+        source_of("teacher", options.teacher)
     held_out = None
     if options.eval_data is not None:
         held_out = open_dataset(options.eval_data, "eval_data")

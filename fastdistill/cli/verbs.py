@@ -31,7 +31,7 @@ class Train:
     SHORT_HELP: ClassVar[str] = "Train a student on a teacher's probabilities."
     DRY_RUN: ClassVar[bool] = True
 
-    student: Annotated[str, "Model to train: a folder or a hub name."]
+    student: Annotated[str, "Model to train: a folder, a hub name or a .gguf file."]
     teacher: Annotated[str | None, "Model, cache folder or server URL; none: labels only."] = None
     data: Annotated[str, _DATA]
     eval_data: Annotated[str | None, "Data to evaluate on before and after training."] = None
@@ -56,7 +56,7 @@ class CacheBuild:
     SHORT_HELP: ClassVar[str] = "Store a teacher's probabilities for a dataset."
     DRY_RUN: ClassVar[bool] = True
 
-    teacher: Annotated[str, "Model: a folder, a hub name or a server URL."]
+    teacher: Annotated[str, "Model (folder, hub name, .gguf file) or server URL."]
     data: Annotated[str, _DATA]
     out: Annotated[Path, "Output folder, new or of this build."]
     k: Annotated[int, "Teacher tokens stored per position."] = 64
@@ -77,9 +77,9 @@ class CacheBuild:
 class Audit:
     """Audit a student against its base model and its teacher.
 
-    Models are folders or hub names: checkpoints, or LoRA adapters on the base. Probes (JSON, also
-    read from the folder of a model) describe the suspected trait; without them only generic audits
-    run. KEY=VALUE also accepts only=[names of audits] and device=cpu.
+    Models are folders, hub names or .gguf files: checkpoints, or LoRA adapters on the base. Probes
+    (JSON, also read from the folder of a model) describe the suspected trait; without them only
+    generic audits run. KEY=VALUE also accepts only=[names of audits] and device=cpu.
     """
 
     SHORT_HELP: ClassVar[str] = "Audit a student against its base and its teacher."
@@ -187,7 +187,7 @@ class Plan:
 
     SHORT_HELP: ClassVar[str] = "Estimate the memory of a training run."
 
-    student: Annotated[str, "A folder, a config.json or a hub name."]
+    student: Annotated[str, "A folder, a config.json, a hub name or a .gguf file."]
     teacher: Annotated[str | None, "The same for the teacher."] = None
     seq: Annotated[int, "Tokens per row."] = 4096
     batch: Annotated[int, "Rows per micro-batch."] = 1
@@ -217,7 +217,7 @@ class Serve:
 
     SHORT_HELP: ClassVar[str] = "Serve a teacher's top-k log-probabilities over HTTP."
 
-    teacher: Annotated[str, "Model: a folder or a hub name."]
+    teacher: Annotated[str, "Model: a folder, a hub name or a .gguf file."]
     teacher_quant: Annotated[str | None, _QUANT] = None
     host: Annotated[str, "Address to listen on; remote clients need a token."] = "127.0.0.1"
     port: Annotated[int, "Port; 0 picks a free one."] = 8000

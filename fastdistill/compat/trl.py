@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import TrainingArguments
 
-from ..hf.checkpoint import StoredModel, load_whole
+from ..hf.checkpoint import StoredModel
 from ..runtime.checks import fail
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
@@ -236,4 +236,4 @@ def _load(argument: str, model: Any, options: Mapping[str, Any]) -> Any:
     if stored.is_adapter:
         hint = "load its base and add the adapter (PeftModel.from_pretrained), or merge it"
         fail("model", "the folder of a whole model", f"{model!r:.200}, an adapter", hint)
-    return load_whole(stored.path, **options)
+    return stored.load_base(**options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from ..quant.formats.header import check_header, keep_untied
 from ..quant.formats.tensor_files import TensorFiles, read_json
 from ..runtime import checks
 from ..runtime.printable import printable
-from .source import is_adapter, source_of
+from .source import is_adapter, model_source, source_of
+
+logger = logging.getLogger(__name__)
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
@@ -42,6 +45,7 @@ class StoredModel:
     dtype: torch.dtype | str = "auto"
     attn_implementation: str | None = None
     adapter_base: str | Path | None = None  # the base of an adapter; None is the one that it names
+    role: str = field(default="path_or_model", compare=False)  # the argument that errors name
 
     @classmethod
     def from_path(
@@ -50,25 +54,22 @@ class StoredModel:
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
         adapter_base: str | Path | None = None,
+        role: str = "path_or_model",
     ) -> StoredModel:
         """Return the checkpoint at a path or hub name, "owner/model".
 
         Hub files other than code and pickles are downloaded first, or taken from the hub cache."""
-        source = source_of("path_or_model", path_or_name)
-        path = fetched_folder(source.name) if source.kind == "hub" else source.path
-        if source.kind in ("server", "cache"):
-            got = f"{printable(source.name)}, a {source.kind} without weights"
-            hint = "pass ServedTeacher(url) or TeacherCache(path) as the teacher"
-            checks.fail("path_or_model", "the weights of a model", got, hint)
-        return cls(path, dtype, attn_implementation, adapter_base)
+        source = model_source(role, path_or_name)
+        path = fetched_folder(source.name, role=role) if source.kind == "hub" else source.path
+        return cls(path, dtype, attn_implementation, adapter_base, role)
 
     def __post_init__(self) -> None:
         """Raise FileNotFoundError if nothing is there, ValueError for pickled or no weights."""
-        source_of("path_or_model", self.path)
+        source_of(self.role, self.path)
 
     @property
     def is_adapter(self) -> bool:
-        return source_of("path_or_model", self.path).kind == "adapter"
+        return source_of(self.role, self.path).kind == "adapter"
 
     @property
     def base(self) -> StoredModel:
@@ -114,11 +115,13 @@ class StoredModel:
         return not self.is_adapter and is_quantized_checkpoint(self.path)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        """Return the model in full precision; an adapter is merged into its base."""
+        """Return the model in full precision: quantized weights expanded, an adapter merged."""
         if not self.is_adapter:
-            return self.load_base(
-                device_map={"": device}, attn_implementation=self.attention_on(device)
-            )
+            attention = self.attention_on(device)
+            if self.path.is_dir() and not self.is_quantized:
+                options: dict[str, Any] = {"attn_implementation": attention, "dtype": self.dtype}
+                return load_whole(self.path, device_map={"": device}, **options)
+            return self._load_expanded(device, attention)
         from .adapters import load_adapted, merge_adapter, read_adapter
 
         read_adapter(self.path)  # fails early, before the base is loaded
@@ -128,8 +131,33 @@ class StoredModel:
         return merged
 
     def load_base(self, **options: Any) -> PreTrainedModel:
-        """Return the base model without adapter; options as for from_pretrained."""
-        return load_whole(self.base.path, **{"dtype": self.dtype, **options})
+        """Return the base model without adapter, to be trained; options as for from_pretrained.
+
+        Layers of bitsandbytes, GPTQ and AWQ stay quantized, for adapters on them. Other formats,
+        which transformers does not read, are expanded.
+        """
+        base = self.base
+        if base.path.is_dir() and _method(load_config(base.path)[0]) in (None, *_METHODS):
+            return load_whole(base.path, **{"dtype": self.dtype, **options})
+        attention = options.pop("attn_implementation", self.attn_implementation)
+        expanded = replace(base, dtype=options.pop("dtype", self.dtype))
+        if options:
+            expected = f"dtype and attn_implementation alone for {base.path.name}"
+            checks.fail("model_init_kwargs", expected, ", ".join(options), "leave out the others")
+        if base.is_quantized:
+            logger.warning(
+                "%s: expected %s in full precision, got quantized weights: training starts from "
+                "their expanded values",
+                *(self.role, printable(base.path.name)),
+            )
+        return expanded._load_expanded(torch.device("cpu"), attention)
+
+    def _load_expanded(self, device: torch.device, attention: str | None) -> PreTrainedModel:
+        from ..quant.loading import load_expanded
+
+        return load_expanded(
+            self.path, dtype=self.dtype, device=device, attn_implementation=attention
+        )
 
     def attention_on(self, device: torch.device) -> str | None:
         """Return attn_implementation, or FlashAttention if model, device and dtype support it."""
@@ -165,9 +193,6 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         if options.get(name) not in (None, _DECIDED[name]):
             checks.fail(name, f"{_DECIDED[name]}, or none", repr(options[name]))
     options = {name: value for name, value in options.items() if name not in _DECIDED}
-    if not folder.is_dir():
-        expected = "a folder for a model in full precision"
-        checks.fail("path_or_model", expected, folder, "load_teacher reads a .gguf file")
     if (folder / ADAPTER).exists():
         got = f"{folder}, which holds {ADAPTER} too"
         hint = "load the adapter's folder without a model in it"
@@ -205,29 +230,51 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
 
 def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
     """Raise ValueError for a quantization method that is unsupported or not the tensors'."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
+    method = _method(config)
+    if method is None:
         return
-    method = method_of(stored if isinstance(stored, dict) else vars(stored))
     if method not in _METHODS:
         expected = f"full precision, or one of {', '.join(_METHODS)}"
         got = f"{folder} of quant_method {printable(repr(method))}"
-        hint = "load_teacher reads other kinds; load another model and pass it"
-        checks.fail("path_or_model", expected, got, hint)
+        checks.fail("path_or_model", expected, got, "load another model and pass it")
     check_stored_method(files, read_json(folder / CONFIG))
+
+
+def _method(config: Any) -> Any:
+    """Return the quantization method that a configuration names; None for full precision."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return method_of(stored if isinstance(stored, dict) else vars(stored)) or "an unnamed one"
+
+
+def config_folder(role: str, path_or_name: str | Path, hint: str = "") -> Path:
+    """Return what `load_config` reads of a model, of an adapter's base, or of a config.json.
+
+    Of a model on the hub, config.json alone is downloaded. Errors are those of `model_source`."""
+    path = Path(path_or_name).expanduser()
+    if is_adapter(path):
+        return StoredModel.from_path(path, role=role).base.path
+    if path.suffix == ".json" or (path / CONFIG).is_file():  # weights are not needed
+        return path
+    source = model_source(role, path_or_name, hint)
+    return fetched_folder(source.name, (CONFIG,), role) if source.kind == "hub" else source.path
 
 
 def tokenizer_folder(path_or_name: str | Path) -> Path:
     """Return the folder with the tokenizer of a path or hub name, downloaded if needed."""
     path = Path(path_or_name).expanduser()
     if is_adapter(path):
-        return StoredModel.from_path(path).tokenizer_folder
-    if not path.exists() and source_of("tokenizer", path_or_name).kind == "hub":
-        return fetched_folder(str(path_or_name), [p for p in _FETCHED if "tensors" not in p])
+        return StoredModel.from_path(path, role="tokenizer").tokenizer_folder
+    if not path.exists():
+        name = model_source("tokenizer", path_or_name).name  # of the hub, as nothing is there
+        return fetched_folder(name, [p for p in _FETCHED if "tensors" not in p], "tokenizer")
     return path
 
 
-def fetched_folder(name: str, patterns: Sequence[str] = _FETCHED) -> Path:
+def fetched_folder(
+    name: str, patterns: Sequence[str] = _FETCHED, role: str = "path_or_model"
+) -> Path:
     """Download the files of a hub model that match a pattern, and return their folder.
 
     Raises FileNotFoundError if neither the hub nor its local cache has the model."""
@@ -236,6 +283,6 @@ def fetched_folder(name: str, patterns: Sequence[str] = _FETCHED) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = printable(str(error).strip().partition("\n")[0])
         raise FileNotFoundError(
-            f"path_or_model: expected a checkpoint or the hub's name of one, got {name!r}: there "
+            f"{role}: expected a checkpoint or the hub's name of one, got {name!r}: there "
             f"is no such path, and the hub gave nothing ({reason})"
         ) from None

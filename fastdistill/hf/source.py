@@ -77,6 +77,18 @@ def source_of(role: str, path_or_name: str | Path) -> Source:
     _fail(role, path, name)
 
 
+def model_source(role: str, path_or_name: str | Path, hint: str = "") -> Source:
+    """Return the source of a model; raise ValueError for a cache and a server, which have none.
+
+    hint: what to pass instead of them. Other errors are those of `source_of`."""
+    source = source_of(role, path_or_name)
+    if source.kind in ("cache", "server"):
+        what = "a cache of answers" if source.kind == "cache" else "the URL of a server"
+        hint = hint or "pass the model that gave the answers; train and cache build read these"
+        checks.fail(role, "a model", f"{printable(source.name)}, {what}", hint)
+    return source
+
+
 def _expanded(path_or_name: str | Path) -> Path:
     """Return the path with "~" expanded; unchanged if there is no such user."""
     try:

@@ -71,11 +71,26 @@ def load_quantized(
         reason = f"{checkpoint.path} is quantized already ({checkpoint.method})"
         checks.fail("quant", f"None, since {reason}", repr(quant))
     model = _skeleton(checkpoint, dtype, attn_implementation)
-    loader = _Loader(checkpoint, model, quant, compute, torch.device(device), skip)
-    for read in track(loader.steps(), "loading weights"):
-        read()
-    loader.finish()
-    return model.eval().requires_grad_(False)
+    _Loader(checkpoint, model, quant, compute, torch.device(device), skip).run()
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def load_expanded(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a trainable model in full precision from any checkpoint that load_quantized reads.
+
+    Each quantized value is computed in float32 and rounded once to `dtype`. Arguments and errors
+    are those of load_quantized."""
+    checkpoint = open_checkpoint(path)
+    model = _skeleton(checkpoint, dtype, attn_implementation)
+    _Loader(checkpoint, model, None, "auto", torch.device(device), (), expand=True).run()
+    return model.requires_grad_(True)
 
 
 def _skeleton(
@@ -120,14 +135,22 @@ class _Loader:
         compute: str,
         device: torch.device,
         skip: tuple[str, ...],
+        expand: bool = False,
     ) -> None:
         self.checkpoint, self.model, self.device = checkpoint, model, device
-        self.quant, self.compute = quant, compute
+        self.quant, self.compute, self.expand = quant, compute, expand
         self.quantizable = set(quantizable(model, skip))
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
         self.filled: set[str] = set()  # names of the model that have a value
         self.expanded: list[tuple[str, str, int]] = []  # stored name, kind, bytes of the values
+
+    def run(self) -> None:
+        """Read every weight, and leave the model in evaluation mode."""
+        for read in track(self.steps(), "loading weights"):
+            read()
+        self.finish()
+        self.model.eval()
 
     def steps(self) -> list[Callable[[], None]]:
         """Return one callable per parameter of the model, which reads its tensors when called."""
@@ -201,8 +224,12 @@ class _Loader:
         module = self.model.get_submodule(module_name)
         if not isinstance(value, Tensor):
             self._shape(name, tuple(rows_of(module, empty).shape), value.shape)
-            self._put(name, module, QuantizedWeight(value).to(self.device).quantized)
-            return
+            layer = QuantizedWeight(value).to(self.device)
+            if not self.expand:
+                self._put(name, module, layer.quantized)
+                return
+            value = layer.dequantize(empty.dtype)
+            value = value.t().contiguous() if is_conv1d(module) else value.view(empty.shape)
         self._shape(name, tuple(empty.shape), tuple(value.shape))
         value = value.to(self.device, empty.dtype if value.is_floating_point() else value.dtype)
         if self.quant is not None and name in self.quantizable:
@@ -260,7 +287,8 @@ class _Loader:
             fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
         warn_about_full_precision(self.model)
-        for note in (*self.checkpoint.notes, *self._expansion()):
+        notes = () if self.expand else self._expansion()
+        for note in (*self.checkpoint.notes, *notes):
             warnings.warn(f"{self.checkpoint.path}: {note}", stacklevel=3)
 
     def _expansion(self) -> list[str]:

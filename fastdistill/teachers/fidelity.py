@@ -71,7 +71,7 @@ def measure(
     batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
     *,
     against: Teacher | PreTrainedModel | str | Path | None = None,
-    student: PreTrainedModel | float | None = None,
+    student: PreTrainedModel | str | Path | float | None = None,
 ) -> FidelityReport:
     """KL(full ‖ quantized) and top-1 agreement of `teacher` on a calibration batch.
 
@@ -82,10 +82,12 @@ def measure(
         batch: a dict with input_ids [B, T] and optionally attention_mask and labels [B, T], or a
             list of dicts with one sequence each, as for training. Eight sequences or more give a
             useful interval.
-        against: the full-precision model, teacher or path. None loads the teacher's checkpoint in
-            full precision, on its device and in the dtype of load_teacher, and frees it before
-            returning. If both do not fit, pass load_teacher(path, device="cpu").
-        student: a model, which is not changed, or its known mean KL from the teacher in nats.
+        against: the full-precision model, teacher or path; quantized weights at a path are
+            expanded. None loads the teacher's checkpoint in full precision, on its device and in
+            the dtype of load_teacher, and frees it before returning. If both do not fit, pass
+            load_teacher(path, device="cpu").
+        student: a model, which is not changed, its path, or its known mean KL from the teacher in
+            nats.
 
     Returns:
         FidelityReport; str() of it is one line.
@@ -100,10 +102,14 @@ def measure(
     ids, mask, labels = _columns(batch)
     counted = _counted(read_rows(ids, mask, teacher.reader.vocab), labels)
     sides = [_Side(teacher.reader, teacher.head, teacher.impl), _full_precision(teacher, against)]
-    if isinstance(student, nn.Module):
+    known = None
+    if isinstance(student, (str, Path)):
+        sides.append(_side(_loaded("student", student, teacher), teacher))
+    elif isinstance(student, nn.Module):
         sides.append(_side(student, teacher))
     elif student is not None:
         checks.positive("student", student)
+        known = student
     sides = [side.to(sides[0].head.weight.device) for side in sides]
     step = max(1, teacher.reader.budget // ids.shape[1])
     columns = [
@@ -113,7 +119,7 @@ def measure(
     kl, same_top, student_kls = (
         torch.cat(column).double().cpu() for column in zip(*columns, strict=True)
     )
-    student_kl = student_kls.mean().item() if len(student_kls) else student
+    student_kl = student_kls.mean().item() if len(student_kls) else known
     report = _report(kl.tolist(), same_top.tolist(), counted.nonzero()[:, 0].tolist(), student_kl)
     if report.warning is not None:
         warnings.warn(report.warning, UserWarning, stacklevel=3)
@@ -228,17 +234,22 @@ def _side(model: nn.Module, teacher: Teacher) -> _Side:
         return _Side(reader, head_of(model), teacher.impl)
 
 
+def _loaded(role: str, model: str | Path | StoredModel, teacher: Teacher) -> Any:
+    """Return a stored model in full precision on the teacher's device."""
+    if not isinstance(model, StoredModel):
+        model = StoredModel.from_path(model, role=role)
+    return model.load(teacher.head.weight.device)
+
+
 def _full_precision(teacher: Teacher, against: Any) -> _Side:
     """Return `against`, or the weights from which the teacher was quantized."""
     if against is None:
         against = teacher.source
-        if against is None or against.is_quantized or teacher.quant is None:
+        if against is None or teacher.quant is None:
             expected = "the full-precision model or its path, as this teacher was not quantized"
             checks.fail("against", f"{expected} from a path by load_teacher", None)
-    if isinstance(against, (str, Path)):
-        against = StoredModel.from_path(against)
-    if isinstance(against, StoredModel):
-        against = against.load(teacher.head.weight.device)
+    if isinstance(against, (str, Path, StoredModel)):
+        against = _loaded("against", against, teacher)
     model = against.reader.model if hasattr(against, "reader") else against  # of a Teacher
     if not isinstance(model, nn.Module):
         raise TypeError(f"against: expected a model, Teacher or path, got {type(model).__name__}")

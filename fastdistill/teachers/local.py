@@ -23,7 +23,10 @@ from ..quant.formats.detect import keeps_bits
 from ..quant.ops import COMPUTE
 from ..quant.schemes import SCHEMES
 from ..runtime import checks, tensor_checks
+from .cache import TeacherCache
 from .fidelity import FidelityReport, measure
+from .http import ServedTeacher
+from .open import open_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,8 +36,8 @@ class Teacher:
     """A Hugging Face causal LM as a TopKTeacher and a DenseTeacher, without [N, V] logits.
 
     Args:
-        model: a loaded model, or the path or hub name of one (safetensors only, no remote code).
-            It is switched to eval mode and frozen in place.
+        model: a loaded model, or the path or hub name of one, as in `load_teacher`, which also
+            opens caches and servers. It is switched to eval mode and frozen in place.
         tokenizer: compared by the trainer with the student's. None reads the one at the path, if
             any.
         dtype: of weights loaded from a path; "auto" keeps the stored one.
@@ -61,8 +64,7 @@ class Teacher:
             stored = StoredModel.from_path(model, dtype)
             if tokenizer is None:
                 tokenizer = stored_tokenizer(stored.tokenizer_folder)
-            whole = not stored.is_adapter
-            model = stored.load_base() if whole else stored.load(torch.device("cpu"))
+            model = _from_checkpoint(stored, None, "auto", torch.device("cpu"))
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "teacher: expected a causal language model, or the path of one, "
@@ -190,7 +192,7 @@ class Teacher:
         batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
         *,
         against: Teacher | PreTrainedModel | str | Path | None = None,
-        student: PreTrainedModel | float | None = None,
+        student: PreTrainedModel | str | Path | float | None = None,
     ) -> FidelityReport:
         """Measure the quantization error on a calibration batch; see `fidelity.measure`."""
         return measure(self, batch, against=against, student=student)
@@ -207,19 +209,22 @@ def load_teacher(
     tokens_per_batch: int | None = None,
     tokenizer: Any = None,
     impl: str = "auto",
-) -> Teacher:
-    """Load a model as a frozen teacher, optionally quantized.
+) -> Any:
+    """Load a model as a frozen teacher, optionally quantized; or open a cache or a server.
 
     Args:
         path_or_model: the directory or hub name of a safetensors checkpoint, in full precision or
             quantized (own format, bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, MXFP4); of an
             adapter, which is merged into the base that it names; a .gguf file; or a loaded model,
-            which is frozen and quantized in place. No code of a checkpoint runs.
+            which is frozen and quantized in place. No code of a checkpoint runs. Also the folder of
+            a TeacherCache or the URL of a server; the options are for models, and none but device
+            may be passed with them.
         quant: "nf4", "fp4", "int4" or "int8" quantizes the linear layers, except the output head,
             while loading; None keeps the stored format.
         compute: how quantized layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
             "auto".
         device: None is the current GPU, or the CPU if there is none; a loaded model is not moved.
+            Answers of a cache or a server are on the device of their input_ids.
         dtype: of layers that are not quantized; "auto" keeps the stored one.
         attn_implementation: passed to transformers. None is flash_attention_2 if flash-attn is
             installed, the model supports it, the device is CUDA and the dtype 16-bit; else the
@@ -228,13 +233,28 @@ def load_teacher(
         tokenizer: None reads the one stored with the weights.
 
     Returns:
-        Teacher. Loaded from a path, it keeps its source for `fidelity`.
+        Teacher of a model; loaded from a path, it keeps its source for `fidelity`. TeacherCache of
+        a cache's folder. ServedTeacher of a URL. The annotation is Any, since the path decides.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: an unknown quant or compute, quant for a
-        quantized checkpoint, or a pickle instead of safetensors. TypeError: not a model or path.
+        quantized checkpoint, an option for a cache or server, or a pickle instead of safetensors.
+        TypeError: not a model or path. NoAnswer (a ConnectionError): the server does not answer.
     """
     _check_names(quant, compute)
+    answers = open_teacher(
+        path_or_model,
+        "path_or_model",
+        quant=quant,
+        compute=compute,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        tokens_per_batch=tokens_per_batch,
+        tokenizer=tokenizer,
+        impl=impl,
+    )
+    if isinstance(answers, (TeacherCache, ServedTeacher)):
+        return answers
     source, trainable = None, []
     if isinstance(path_or_model, nn.Module):
         # Weak references: quantizing frees the weights that it replaces.

@@ -51,6 +51,7 @@ def prepare_student(
             model,
             getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=options.pop("attn_implementation", None),
+            role="model",
         )
         options.setdefault("attn_implementation", stored.attention_on(config.device))
         model = stored.load_base(**options)

@@ -17,7 +17,7 @@ from ..hf.tokenizers import check_same_tokenizer
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
-from ..teachers.local import Teacher
+from ..teachers.local import Teacher, load_teacher
 from ..teachers.protocols import DenseTeacher, TopKTeacher
 from .cached_answers import check_cache_settings
 from .checks.shared_storage import models_in, shared_parameters
@@ -60,7 +60,8 @@ def resolve_teacher(
         check_own_weights(teacher, student)
     loadable = isinstance(teacher, (nn.Module, str, Path))
     if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
-        teacher = Teacher(teacher, impl=config.impl)
+        device = None if isinstance(teacher, nn.Module) else config.device
+        teacher = load_teacher(teacher, device=device, impl=config.impl)
     vocab = check_fit(teacher, student, config, processing_class)
     if teacher is not None and hasattr(teacher, "valid_vocab"):
         # Answers of a server or cache of unknown vocabulary size are cut to the student's head.

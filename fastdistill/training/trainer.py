@@ -73,11 +73,13 @@ class DistillTrainer(WholeCheckpoints):
     """Train `model` on the answers of `teacher` for the data or for the student's own samples.
 
     Args:
-        model: the student, a Hugging Face causal LM or its path, with or without PEFT adapters.
-            Its output head must not be adapted.
-        teacher: a model or its path, a TeacherCache or its folder, a ServedTeacher or its URL, or
-            any object with topk(...) or hidden(...) and head (see teachers/protocols.py).
-            None trains on the labels alone with the same code, and needs ce_weight=1.0.
+        model: the student, a Hugging Face causal LM, its path or hub name, with or without PEFT
+            adapters. Its output head must not be adapted. Quantized weights of a .gguf file or of
+            `save_quantized` are expanded.
+        teacher: a model; a path, hub name or URL, opened as by `load_teacher`: a Teacher, a
+            TeacherCache or a ServedTeacher; or any object with topk(...) or hidden(...) and head
+            (see teachers/protocols.py). None trains on the labels alone with the same code, and
+            needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
             completion, text, or input_ids (see hf/encoder.py).

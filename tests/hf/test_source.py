@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
 from fastdistill.alignment.audits.subject import Subject
-from fastdistill.cli.loaders import load_any_teacher, open_tokenizer
+from fastdistill.cli.loaders import open_tokenizer
 from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.hf.source import source_of
 from fastdistill.teachers.local import Teacher, load_teacher
@@ -35,7 +36,6 @@ ROUTES = {
     "load_teacher": lambda path: load_teacher(path, device="cpu"),
     "Teacher": Teacher,
     "stored": lambda path: StoredModel.from_path(path).load(CPU),
-    "cli": lambda path: load_any_teacher(str(path), None, "auto", CPU),
     "subject": lambda path: Subject(path, tokenizer=Tokenizer(), device="cpu"),
 }
 
@@ -123,7 +123,7 @@ def test_an_adapter_whose_base_is_gone(folders, tmp_path):
 
 @pytest.mark.parametrize("route", [*ROUTES, "open_teacher", "config", "tokenizer"])
 def test_a_typo(tmp_path, route):
-    more = {
+    more: dict[str, Any] = {
         "open_teacher": open_teacher,
         "config": lambda path: config_of("student", path),
         "tokenizer": lambda path: open_tokenizer(str(path)),
@@ -149,15 +149,6 @@ def test_pickles_and_nothing(tmp_path, route):
         ROUTES[route](tmp_path)
     with pytest.raises(ValueError, match="a pickle can run code"):
         ROUTES[route](tmp_path / "pytorch_model.bin")
-
-
-def test_a_cache_and_a_server_are_no_models(folders, tmp_path):
-    TeacherCache.build(folders[0], ragged(), tmp_path / "cache", k=8)
-    assert isinstance(open_teacher(str(tmp_path / "cache")), TeacherCache)
-    with pytest.raises(ValueError, match="a cache without weights"):
-        load_teacher(tmp_path / "cache")
-    with pytest.raises(ValueError, match="a server without weights"):
-        load_teacher("http://127.0.0.1:9")
 
 
 def test_kinds(folders, tmp_path):

@@ -151,7 +151,7 @@ def test_what_cannot_be_compared_is_refused(stored, tmp_path):
     with pytest.raises(ValueError, match="against: expected a head of 83 tokens as the teacher's"):
         teacher.fidelity(batch(), against=build("llama", vocab_size=90))
     full = build("llama")
-    for student in (0.0, float("nan"), "x"):
+    for student in (0.0, float("nan"), cast(Any, [])):
         with pytest.raises(ValueError, match="student: expected a finite number above 0"):
             teacher.fidelity(batch(), against=full, student=student)
     with pytest.raises(TypeError, match="batch: expected a dict with input_ids, or several, got"):

@@ -89,7 +89,7 @@ class Subject:
         ends: Sequence[int] | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
-            model = StoredModel.from_path(model)
+            model = StoredModel.from_path(model, role="model")
         if isinstance(model, StoredModel):
             target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or model.path.name
@@ -390,7 +390,7 @@ def to_subject(name: str, model: Any) -> Subject:
     if isinstance(model, Subject):
         return model
     if isinstance(model, (str, Path)):
-        return Subject(model)
+        return Subject(StoredModel.from_path(model, role=name))
     raise TypeError(
         f"{name}: expected a Subject or the path of a checkpoint, got {type(model).__name__}. "
         "Wrap a loaded model: Subject(model, tokenizer)"

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ...hf.checkpoint import StoredModel
 from ...hf.jsonl import JsonLines
-from ...hf.source import is_adapter
+from ...hf.source import is_adapter, model_source
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail
@@ -78,7 +79,7 @@ class CheckpointSource(Source):
         contents = {name: sha256_of(Path(path)) for name, path in files.items()}
         for name in ("teacher", "base", "benign"):
             if (path := getattr(self, name)) is not None:
-                contents[name] = _contents(Path(path).expanduser())
+                contents[name] = _contents(model_source(name, path).path)
         object.__setattr__(self, "contents", contents)
 
     def __hash__(self) -> int:
@@ -190,7 +191,8 @@ def _denominators(readings: Mapping[str, Reading]) -> Validity:
 
 
 def _model(name: str, source: CheckpointSource, role: str) -> Subject:
-    return load_organism(name, base=source.base if is_adapter(name) else None, name=role)
+    path = StoredModel.from_path(name, role=role).path  # downloaded if it is on the hub
+    return load_organism(path, base=source.base if is_adapter(path) else None, name=role)
 
 
 def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
@@ -226,10 +228,10 @@ def _contents(path: Path) -> str:
 
     It takes seconds, a full sha256 takes minutes. A Hub name is returned as it is.
     """
-    if not path.is_dir():
+    if not path.exists():
         return str(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix.lower() not in DOCUMENTS:
             size = file.stat().st_size
             digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ...hf.checkpoint import StoredModel, fetched_folder
-from ...hf.source import is_adapter, is_url, source_of
+from ...hf.checkpoint import StoredModel
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...quant.formats.tensor_files import CheckpointError, check_inside, read_json
 from ...runtime.atomic_files import sha256_of, sync, write_json
@@ -90,9 +89,9 @@ def load_organism(
     """Loads a model to audit: an organism, a checkpoint, or a LoRA adapter on its base.
 
     Args:
-        path: a folder with config.json and safetensors, or its name on the Hugging Face Hub; or a
-            folder with adapter_config.json and adapter_model.safetensors, such as the organisms of
-            AuditBench (arXiv 2602.22755).
+        path: a folder with config.json and safetensors, a .gguf file, or a name on the Hugging Face
+            Hub; or a folder with adapter_config.json and adapter_model.safetensors, such as the
+            organisms of AuditBench (arXiv 2602.22755). Quantized weights are expanded.
         base: the base model of an adapter; None uses the one named by the adapter. Must be None
             for a checkpoint.
 
@@ -101,16 +100,13 @@ def load_organism(
         ValueError: pickled weights, a file that differs from its digest in the manifest, an adapter
             with missing weights, or a base without an adapter.
     """
-    folder = Path(path).expanduser()
-    if not is_url(path) and not folder.exists() and source_of("path", path).kind == "hub":
-        folder = fetched_folder(str(path))
-    role = read_manifest(folder).get("role")
-    if is_adapter(folder):
+    stored = StoredModel.from_path(path, adapter_base=base, role="path")
+    role = read_manifest(stored.path).get("role")
+    if stored.is_adapter:
         role = None
     elif base is not None:
-        expected = f"None for {folder.name}, which is a whole model and no adapter"
+        expected = f"None for {stored.path.name}, which is a whole model and no adapter"
         fail("base", expected, repr(str(base)))
-    stored = StoredModel.from_path(folder, adapter_base=base)
     return Subject(stored, name=name or role or Path(path).name, device=device)
 
 

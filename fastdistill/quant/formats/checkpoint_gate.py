@@ -29,6 +29,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ...runtime.printable import printable
 from .file_names import CONFIG, TOKENIZER
+from .gguf import read_gguf
 from .gguf_header import read_headers
 from .tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, fail_entry, read_json
 
@@ -95,7 +96,7 @@ def check_folder(folder: Path) -> None:
 
 
 def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return (the configuration of a folder or config.json, the unused options).
+    """Return (the configuration of a folder, config.json or .gguf file, the unused options).
 
     Args:
         source: the folder, or the file.
@@ -106,6 +107,9 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
         or other files. FileNotFoundError: there is no configuration.
     """
     source = Path(source)
+    if source.is_file() and source.suffix == ".gguf":
+        with as_checkpoint_error(source, "the configuration of a model that transformers knows"):
+            return AutoConfig.for_model(**read_gguf(source).config, **options), {}
     file = source / CONFIG if source.is_dir() else source
     if not file.is_file():
         raise FileNotFoundError(f"{source}: expected {CONFIG} in this folder, got none")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import awq, bnb, compressed_tensors, fp8, gptq, mxfp4, own_format, torchao
-from .gguf import read_gguf
-from .gguf_header import MAGIC
+from .gguf import is_quantized_gguf, read_gguf
+from .gguf_header import MAGIC, read_headers
 from .tensor_files import (
     CheckpointError,
     TensorFiles,
@@ -69,7 +69,7 @@ class Checkpoint:
     files: TensorFiles | None = None  # None: a .gguf file
     gguf_bytes: int = 0  # of all parts of a .gguf file
     notes: tuple[str, ...] = ()  # what it quantizes besides the weights, which has no effect
-    expands: bool = False  # it has weights in FP8, which may be quantized while loading
+    expands: bool = False  # it has FP8 or GGUF's floats, which may be quantized while loading
 
     @property
     def bytes(self) -> int:
@@ -87,7 +87,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     gguf = _gguf_file(path)
     if gguf is not None:
         model = read_gguf(gguf)
-        return Checkpoint(gguf, model.config, "gguf", model.weights, gguf_bytes=model.bytes)
+        floats = not model.is_quantized
+        return Checkpoint(
+            gguf, model.config, "gguf", model.weights, gguf_bytes=model.bytes, expands=floats
+        )
     files = TensorFiles(path)
     config = read_json(files.config_file) if files.config_file.is_file() else {}
     method = check_stored_method(files, config)
@@ -107,8 +110,8 @@ def is_quantized_checkpoint(path: str | Path) -> bool:
         CheckpointError: its headers are damaged.
     """
     path = Path(path)
-    if _gguf_file(path) is not None:
-        return True
+    if (gguf := _gguf_file(path)) is not None:
+        return is_quantized_gguf(read_headers(gguf))
     config_file = path / "config.json"
     if config_file.is_file() and read_json(config_file).get("quantization_config") is not None:
         return True

@@ -48,6 +48,7 @@ class GGUFModel(NamedTuple):
     config: dict[str, Any]
     weights: dict[str, Thunk]
     bytes: int
+    is_quantized: bool
 
 
 def read_gguf(file: Path) -> GGUFModel:
@@ -85,7 +86,12 @@ def read_gguf(file: Path) -> GGUFModel:
                 _weight, names[0], tensors[names[0]], heads, minus, shape
             )
     _log(file, header)
-    return GGUFModel(config, weights, header.bytes)
+    return GGUFModel(config, weights, header.bytes, is_quantized_gguf(header))
+
+
+def is_quantized_gguf(header: GGUFHeader) -> bool:
+    """Whether a model has a tensor that is not in F32, F16 or BF16."""
+    return any(tensor.type.unpack is not None for tensor in header.tensors.values())
 
 
 def _parameter(file: Path, stored: str, name: str, family: Family) -> str:

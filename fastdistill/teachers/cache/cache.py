@@ -90,8 +90,8 @@ class TeacherCache:
         equal those of an uninterrupted build.
 
         Args:
-            teacher: anything with topk(input_ids, attention_mask, *, k, temperature), a model, or
-                the path of one.
+            teacher: anything with topk(input_ids, attention_mask, *, k, temperature), or a model, a
+                path or a URL as in `load_teacher`.
             dataset: the trainer's dataset: a list or Dataset of dicts with input_ids, messages,
                 prompt and completion, or text.
             path: a new or empty folder, or the folder of the build to resume.
@@ -131,7 +131,7 @@ class TeacherCache:
             with needs("TeacherCache.build", "train"):
                 from ..local import load_teacher
 
-            teacher = load_teacher(teacher, tokenizer=tokenizer)
+            teacher = load_teacher(teacher)
         check_teacher_supports(teacher, targets)
         encoder = Encoder(
             tokenizer=tokenizer_for(teacher, tokenizer),

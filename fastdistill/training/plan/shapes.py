@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ...hf.checkpoint import StoredModel, fetched_folder
+from ...hf.checkpoint import config_folder
 from ...hf.lm_head import head_module
-from ...hf.source import is_adapter, source_of
 from ...quant.formats.checkpoint_gate import load_config
-from ...quant.formats.file_names import CONFIG
 from ...quant.model import stacks, targets
 from ...quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
 from ...runtime.printable import printable
@@ -43,7 +41,7 @@ class Shapes:
 
 
 def config_of(role: str, source: str | Path) -> Any:
-    """Return the configuration in a folder or a config.json, or on the hub.
+    """Return the configuration in a folder, a config.json or a .gguf file, or on the hub.
 
     For an adapter, it is the configuration of its base. Only config.json is downloaded, and no
     remote code is run.
@@ -51,19 +49,12 @@ def config_of(role: str, source: str | Path) -> Any:
     Raises:
         ValueError: there is no configuration, or transformers does not know the model.
     """
-    path = Path(source).expanduser()
+    cached = "pass the model that gave the answers, with cached=true"
+    hint = cached if role == "teacher" else ""
     try:
-        if is_adapter(path):
-            path = StoredModel.from_path(path).base.path
-        elif not path.exists() and source_of(role, source).kind == "hub":
-            path = fetched_folder(str(source), (CONFIG,))
-        return load_config(path)[0]
-    except (OSError, ValueError) as error:
-        first = printable(str(error).strip().partition("\n")[0], 1000)
-        raise ValueError(
-            f"{role}: expected a folder with a config.json, the file itself, or a hub name, got "
-            f"{str(source)!r}: {first}"
-        ) from None
+        return load_config(config_folder(role, source, hint))[0]
+    except OSError as error:
+        raise ValueError(printable(str(error), 1000)) from None
 
 
 def empty_model(role: str, config: Any, dtype: torch.dtype) -> Any:
