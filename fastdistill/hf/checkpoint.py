@@ -255,7 +255,8 @@ def config_folder(role: str, path_or_name: str | Path, hint: str = "") -> Path:
     path = Path(path_or_name).expanduser()
     if is_adapter(path):
         return StoredModel.from_path(path, role=role).base.path
-    if path.suffix == ".json" or (path / CONFIG).is_file():  # weights are not needed
+    is_config = path.suffix == ".json" and path.is_file()
+    if is_config or (path / CONFIG).is_file():  # weights are not needed
         return path
     source = model_source(role, path_or_name, hint)
     return fetched_folder(source.name, (CONFIG,), role) if source.kind == "hub" else source.path

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 from ...hf.checkpoint import config_folder
 from ...hf.lm_head import head_module
 from ...quant.formats.checkpoint_gate import load_config
+from ...quant.formats.tensor_files import CheckpointError
 from ...quant.model import stacks, targets
 from ...quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
+from ...runtime import checks
 from ...runtime.printable import printable
 
 
@@ -47,14 +49,17 @@ def config_of(role: str, source: str | Path) -> Any:
     remote code is run.
 
     Raises:
-        ValueError: there is no configuration, or transformers does not know the model.
+        FileNotFoundError: nothing is there. ValueError: there is no configuration, or transformers
+        does not know the model.
     """
     cached = "pass the model that gave the answers, with cached=true"
     hint = cached if role == "teacher" else ""
+    path = config_folder(role, source, hint)
     try:
-        return load_config(config_folder(role, source, hint))[0]
-    except OSError as error:
-        raise ValueError(printable(str(error), 1000)) from None
+        return load_config(path)[0]
+    except CheckpointError as error:
+        expected = f"a configuration that transformers reads in {printable(source)}"
+        checks.fail(role, expected, printable(error, 1000))
 
 
 def empty_model(role: str, config: Any, dtype: torch.dtype) -> Any:

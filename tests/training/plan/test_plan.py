@@ -92,7 +92,7 @@ def test_where_a_configuration_is_read_from(models, tmp_path):
     folder = plan_memory(models / "small", settings=Settings(seq=8))
     file = plan_memory(models / "small" / "config.json", settings=Settings(seq=8))
     assert folder.memory == file.memory
-    with pytest.raises(ValueError, match="student: expected a folder with"):
+    with pytest.raises(ValueError, match="student: expected a directory with"):
         plan_memory(tmp_path, settings=Settings(seq=8))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="teacher: expected the configuration of a causal"):
