@@ -187,8 +187,8 @@ def test_pool_and_capability_lines_are_read_as_printed(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(text)
     (tmp_path / "probes.json").write_text(json_blocks("audits/probes.md")[1])
     source = CheckpointSource(
-        teacher="teacher",
-        base="base",
+        teacher="owner/teacher",
+        base="owner/base",
         pool=tmp_path / "pool.jsonl",
         probes=tmp_path / "probes.json",
         capability=tmp_path / "capability.jsonl",
