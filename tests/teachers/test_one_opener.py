@@ -18,6 +18,7 @@ from fastdistill.cli.verbs import Audit, CacheBuild, Serve
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.teachers.fidelity import FidelityReport
 from fastdistill.teachers.local import Teacher
+from fastdistill.training.plan import Settings, plan_memory
 from fastdistill.training.plan.shapes import config_of
 from fastdistill.training.student import prepare_student
 from fastdistill.training.teacher_setup import TeacherSpec
@@ -223,6 +224,14 @@ def test_a_quantized_student_is_expanded_and_says_so(places, tmp_path, caplog):
     assert "model: expected quantized in full precision, got quantized weights" in caplog.text
     with pytest.raises(ValueError, match="model_init_kwargs: expected dtype and attn_implementa"):
         prepare_student(path, config(tmp_path, model_init_kwargs={"device_map": "cpu"}), None)
+
+
+@pytest.mark.parametrize("kind", ["folder", "quantized"])
+def test_a_plan_says_that_a_quantized_teacher_is_counted_in_full(places, kind):
+    student, teacher = places["folder"][0], places[kind][0]
+    plan = plan_memory(student, teacher, settings=Settings(seq=8, k=4), device="cpu")
+    line = "the quantized teacher is counted as in full precision"
+    assert (line in plan.assumptions) == (kind == "quantized")
 
 
 @pytest.mark.parametrize("kind", ANSWERS)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...quant import is_quantized_checkpoint
 from ...runtime import checks
 from ...teachers.cache.codec import BLOCK, bytes_per_token
 from .memory import CONTEXT, FRAGMENTS, Planner, stored_dtype
@@ -28,7 +29,9 @@ def plan_memory(
     """Return the memory of a training run from config.json alone, without weights or a GPU.
 
     Args:
-        student, teacher: a folder, a config.json, or a hub name; only the config.json is read.
+        student, teacher: a folder, a config.json, a hub name or a .gguf file; only the config.json
+            or the file's header is read. A teacher that is stored quantized is counted as in full
+            precision, without teacher_quant; the plan says so.
         settings: of the run.
         gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal.
         tokens: tokens of the dataset, for the size of a cache and the time of one epoch.
@@ -84,7 +87,7 @@ def plan_memory(
         seconds=None if tokens is None or throughput is None else tokens / throughput,
         card=card,
         proposal=None if card is None else propose(planner, settings, card),
-        assumptions=_assumptions(settings, device),
+        assumptions=_assumptions(settings, device, _is_quantized(teacher, teacher_config)),
     )
 
 
@@ -94,9 +97,19 @@ def _teacher_sizes(teacher: Any) -> dict[str, int]:
     return {dtype: bytes_of(teacher)} | schemes
 
 
-def _assumptions(settings: Settings, device: str) -> tuple[str, ...]:
+def _is_quantized(teacher: str | Path | None, config: Any) -> bool:
+    """Whether the weights of the teacher are stored in a quantized format."""
+    is_gguf = str(teacher).endswith(".gguf")
+    return getattr(config, "quantization_config", None) is not None or (
+        is_gguf and is_quantized_checkpoint(Path(str(teacher)).expanduser())
+    )
+
+
+def _assumptions(settings: Settings, device: str, quantized: bool) -> tuple[str, ...]:
     rows = "rows of unequal length" if settings.batch > 1 else "rows without padding"
     lines = [f"one process; {rows}; all tokens are targets; fused attention"]
+    if quantized and settings.teacher_quant is None and not settings.cached:
+        lines.append("the quantized teacher is counted as in full precision")
     if device == "cuda":
         lines.append(
             f"{in_gb(CONTEXT)} for the CUDA context and libraries, and {FRAGMENTS:.0%} of the peak "
