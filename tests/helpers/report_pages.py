@@ -74,7 +74,7 @@ def demo_result(seeds: int = 3) -> DemoResult:
         facts={
             "command": "fastdistill demo",
             "versions": {"torch": "2"},
-            "machine": "x86_64 CPU, students on one thread",
+            "machine": "x86_64 CPU, one thread",
             "setting": {
                 "text": "Python's standard library",
                 "teacher": "100 steps, inside the package",

@@ -36,7 +36,15 @@ from . import corpus
 from .audit import audit_models
 from .corpus import Corpus, Windows
 from .files import save_files
-from .models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
+from .models import (
+    STUDENT,
+    TEACHER,
+    TOKENS_PER_BATCH,
+    WINDOW,
+    new_llama,
+    shipped_teacher,
+    train_model,
+)
 from .result import ARMS, METRICS, DemoResult, DemoRun, DemoSetting
 
 # The best value of 1e-3 to 7e-3 for training on labels, and near the best for distillation.
@@ -72,16 +80,17 @@ def run_demo(
     start = time.perf_counter()
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="fastdistill-") as temporary:
         setting = _prepare(data, steps * batch_size, k, teacher_steps)
-        cache, cache_seconds = _build_cache(setting, temporary, k)
-        with one_thread(), PhaseProgress() as progress:
-            trained = [
-                _run(arm, seed, setting, cache, sizes, progress)
-                for seed in range(seeds)
-                for arm in ARMS
-            ]
-            teacher_sums = _held_out_sums(setting.teacher.model, setting, cache, k)
-            students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
-            audits = audit_models(setting, students)
+        with one_thread():
+            cache, cache_seconds = _build_cache(setting, temporary, k)
+            with PhaseProgress() as progress:
+                trained = [
+                    _run(arm, seed, setting, cache, sizes, progress)
+                    for seed in range(seeds)
+                    for arm in ARMS
+                ]
+                teacher_sums = _held_out_sums(setting.teacher.model, setting, cache, k)
+                students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
+                audits = audit_models(setting, students)
         covered = cache.topk(setting.held_out.ids, k=k).logprobs[:, :-1].exp().sum(-1)
     runs = [run for run, _ in trained]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
@@ -96,7 +105,7 @@ def run_demo(
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
             "versions": versions(),
-            "machine": f"{platform.machine()} CPU ({cpu_capability()}), students on one thread",
+            "machine": f"{platform.machine()} CPU ({cpu_capability()}), one thread",
             "setting": {**sizes, **setting.facts},
         },
         cache_seconds=cache_seconds,
@@ -168,7 +177,8 @@ def _teacher_from(
         seed=0,
         callbacks=progress.phase("training the teacher", total=steps),
     )
-    return Teacher(trained.model, tokenizer=tokenizer), tokenizer
+    teacher = Teacher(trained.model, tokenizer=tokenizer, tokens_per_batch=TOKENS_PER_BATCH)
+    return teacher, tokenizer
 
 
 def _run(
