@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from ..quant.formats.checkpoint_gate import (
@@ -118,7 +119,8 @@ class StoredModel:
         """Return the model in full precision: quantized weights expanded, an adapter merged."""
         if not self.is_adapter:
             attention = self.attention_on(device)
-            if self.path.is_dir() and not self.is_quantized:
+            # Under DeepSpeed's ZeRO-3, transformers would partition the model, or refuse a device.
+            if self.path.is_dir() and not (self.is_quantized or is_deepspeed_zero3_enabled()):
                 options: dict[str, Any] = {"attn_implementation": attention, "dtype": self.dtype}
                 return load_whole(self.path, device_map={"": device}, **options)
             return self._load_expanded(device, attention)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, modeling_utils
+from transformers.integrations import accelerate
 
 from fastdistill import ServedTeacher, TeacherCache, load_teacher
 from fastdistill.alignment.organisms import load_organism
@@ -15,6 +17,7 @@ from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.cli import run_audit, run_cache_build, run_serve
 from fastdistill.cli.loaders import outline_model, outline_teacher
 from fastdistill.cli.verbs import Audit, CacheBuild, Serve
+from fastdistill.hf import checkpoint
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.teachers.fidelity import FidelityReport
 from fastdistill.teachers.local import Teacher
@@ -232,6 +235,15 @@ def test_a_plan_says_that_a_quantized_teacher_is_counted_in_full(places, kind):
     plan = plan_memory(student, teacher, settings=Settings(seq=8, k=4), device="cpu")
     line = "the quantized teacher is counted as in full precision"
     assert (line in plan.assumptions) == (kind == "quantized")
+
+
+def test_zero3_partitions_no_teacher(places, monkeypatch):
+    """Under DeepSpeed's ZeRO-3, transformers partitions what it loads, and takes no device."""
+    path, model = places["folder"]
+    for module in (modeling_utils, accelerate, checkpoint):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what it would import for that
+    check(load_teacher(path, device="cpu"), "folder", model)
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
