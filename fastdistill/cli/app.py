@@ -18,7 +18,7 @@ import typer
 from ..runtime.version import __version__
 from .command import Json, add
 from .extras import command_needs
-from .printing import print_json, say
+from .printing import print_json, say, stdout_for_result
 from .verbs import (
     Audit,
     CacheBuild,
@@ -94,18 +94,19 @@ def demo(
 
     Needs no GPU and no network.
     """
-    from ..alignment.experiment.demo.report import print_table
-    from ..alignment.experiment.demo.run import run_demo
+    with stdout_for_result():
+        from ..alignment.experiment.demo.report import print_table
+        from ..alignment.experiment.demo.run import run_demo
 
-    result = run_demo(
-        out=out,
-        data=data,
-        seeds=seeds,
-        steps=steps,
-        k=k,
-        batch_size=batch_size,
-        teacher_steps=teacher_steps,
-    )
+        result = run_demo(
+            out=out,
+            data=data,
+            seeds=seeds,
+            steps=steps,
+            k=k,
+            batch_size=batch_size,
+            teacher_steps=teacher_steps,
+        )
     if as_json:
         print_json(result.as_json())
         return
@@ -119,7 +120,8 @@ def doctor(as_json: Json = False) -> None:
     """Check the installation: versions, backends, and the command that fixes each problem."""
     from .doctor import examine, print_findings
 
-    findings = examine()
+    with stdout_for_result():
+        findings = examine()
     if as_json:
         print_json(findings.as_json())
     else:
@@ -135,9 +137,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML report about a training run: curves, scores, memory, settings."""
-    from ..report.run.page import write_run_report
+    with stdout_for_result():
+        from ..report.run.page import write_run_report
 
-    path = write_run_report(folder, out)
+        path = write_run_report(folder, out)
     if as_json:
         print_json({"report": str(path)})
     else:
@@ -149,9 +152,10 @@ def cache_info(
     path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
 ) -> None:
     """Print what a cache contains and which teacher it comes from."""
-    from .run_cache import info, show
+    with stdout_for_result():
+        from .run_cache import info, show
 
-    summary = info(path)
+        summary = info(path)
     if as_json:
         print_json(summary)
     else:
@@ -163,9 +167,10 @@ def cache_verify(
     path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
 ) -> None:
     """Verify the sha256 of every file of a cache; exit code 1 if any differs."""
-    from .run_cache import verify
+    with stdout_for_result():
+        from .run_cache import verify
 
-    result = verify(path)
+        result = verify(path)
     if as_json:
         print_json(result)
     else:

@@ -11,9 +11,7 @@ is the dataclass, `extra` the other settings.
 from __future__ import annotations
 
 import inspect
-import sys
 import typing
-from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +21,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..runtime.atomic_files import check_folder
-from .printing import print_json
+from .printing import print_json, stdout_for_result
 from .settings import Text, check_keys, field_names, fill, gather, nearest, to_yaml
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
@@ -39,19 +37,22 @@ def add(app: typer.Typer, name: str, kind: type[Any], module: str) -> None:
         dry_run = cli_args.pop("dry_run", False)
         typed = {key: value for key, value in cli_args.items() if value is not None}
         raw |= {k: Text(value) if isinstance(value, str) else value for k, value in typed.items()}
-        verb = import_module(f".{module}", __package__)
         own_names = field_names(kind)
-        check_keys(raw, [*own_names, *getattr(verb, "extra_keys", list)()])
+        with stdout_for_result():
+            verb = import_module(f".{module}", __package__)
+            check_keys(raw, [*own_names, *getattr(verb, "extra_keys", list)()])
         extra = {key: value for key, value in raw.items() if key not in own_names}
         options = fill(kind, {key: raw[key] for key in own_names if key in raw})
         if print_config:
             resolve = getattr(verb, "resolved_settings", lambda options, _: vars(options))
-            print(to_yaml(resolve(options, extra)), end="")
+            with stdout_for_result():
+                text = to_yaml(resolve(options, extra))
+            print(text, end="")
             return
         if hasattr(options, "out"):
             check_folder("out", options.out)
-        import_module(".loaders", __package__).silence_transformers()
-        with redirect_stdout(sys.stderr):  # libraries print to stdout, which is for the result
+        with stdout_for_result():
+            import_module(".loaders", __package__).silence_transformers()
             result = (verb.dry_run if dry_run else verb.run)(options, extra)
         if result is None:  # another rank prints the result
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any, TextIO
 
 from ..runtime.printable import printable_lines
@@ -19,6 +20,11 @@ def print_json(value: Any) -> None:
     """Print a value as JSON; control characters are written as JSON escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     print("".join(map(_escaped, text)))
+
+
+def stdout_for_result() -> AbstractContextManager[Any]:
+    """Return a context in which libraries print to stderr: stdout has the result alone."""
+    return redirect_stdout(sys.stderr)
 
 
 def command_line() -> str:

@@ -130,6 +130,36 @@ def test_bad_input_is_exit_2_and_no_traceback(tmp_path, capsys, monkeypatch, arg
     assert output == ""
 
 
+LIBRARIES = {
+    ("demo",): "fastdistill.alignment.experiment.demo.run.run_demo",
+    ("doctor",): "fastdistill.cli.doctor.examine",
+    ("report", "run"): "fastdistill.report.run.page.write_run_report",
+    ("cache", "info", "answers"): "fastdistill.cli.run_cache.info",
+    ("cache", "verify", "answers"): "fastdistill.cli.run_cache.verify",
+}
+
+
+@pytest.mark.parametrize("arguments", LIBRARIES, ids=" ".join)
+def test_what_libraries_print_is_not_in_the_json(capsys, monkeypatch, arguments):
+    """DeepSpeed prints to stdout when it is imported."""
+
+    class Result(dict[str, Any]):
+        ok = True
+
+        def as_json(self):
+            return self
+
+    def noisy(*_, **__):
+        print("[WARNING] Setting accelerator to CPU")
+        return Result()
+
+    monkeypatch.setattr(LIBRARIES[arguments], noisy)
+    code, output, error = call(capsys, monkeypatch, *arguments, "--json")
+    assert code == 0
+    assert isinstance(json.loads(output), dict)
+    assert "Setting accelerator" in error
+
+
 @pytest.mark.slow
 def test_demo_json_is_pure_and_files_are_written(tmp_path):
     result = run(
