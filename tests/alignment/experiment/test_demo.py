@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -11,16 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastdistill import Teacher
 from fastdistill.alignment.experiment.demo import models as demo_models
 from fastdistill.alignment.experiment.demo.models import shipped_teacher
-from fastdistill.alignment.experiment.demo.report import demo_report, table_rows, verdict
+from fastdistill.alignment.experiment.demo.report import (
+    demo_report,
+    print_table,
+    table_rows,
+    verdict,
+)
 from fastdistill.alignment.experiment.demo.result import ARMS, METRICS
 from fastdistill.alignment.experiment.demo.run import run_demo
 from fastdistill.hf.jsonl import JsonLines
 from fastdistill.hf.tokenizers import check_same_tokenizer
 from fastdistill.runtime.intervals import Estimate
+from helpers.report_pages import demo_result
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +203,13 @@ def test_bad_requests_are_refused_before_the_work(tmp_path):
         run_demo(out=tmp_path, seeds=0)
     with pytest.raises(ValueError, match="k: expected at most the vocabulary's 2048, got 5000"):
         run_demo(out=tmp_path, k=5000)
+
+
+def test_a_terminal_of_80_columns_shows_every_number():
+    stream = io.StringIO()
+    print_table(demo_result(), Console(file=stream, width=80))
+    printed = stream.getvalue()
+    assert "…" not in printed
+    assert all(len(line) <= 80 for line in printed.splitlines()[:-1])  # but the sentence
+    for row in table_rows(demo_result()):
+        assert all(cell in printed for cell in row[1:])

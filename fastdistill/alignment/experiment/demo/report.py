@@ -55,7 +55,8 @@ def print_table(result: DemoResult, console: Any) -> None:
 
     table = Table(title="fastdistill demo", title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(_HEADER):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        # Numbers are never cut: in 80 columns, the names of the rows wrap.
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
     for row in table_rows(result):
         table.add_row(*row)
     console.print(table)
