@@ -52,6 +52,7 @@ def test_a_model_is_built_whole():
     assert not torch.equal(made.lm_head.weight, build(small(), seed=1).lm_head.weight)
 
 
+@pytest.mark.peers
 def test_whatever_quantises_it_the_weights_are_the_same():
     pytest.importorskip("bitsandbytes")
     whole, four = build(small()), build(small(), ours("nf4", "exact"))
@@ -103,6 +104,7 @@ def gradient(way, contender, folder):
     return torch.cat(gradients)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("way", [FULL, QLORA])
 def test_steps_with_and_without_logits_have_one_gradient(way, tmp_path):
     pytest.importorskip("bitsandbytes")

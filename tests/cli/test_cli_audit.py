@@ -117,6 +117,7 @@ def test_requests_that_cannot_be_met(here, run, more, words):
     assert words in err
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
 def test_logs_for_inspect(here, run):

@@ -123,6 +123,7 @@ def test_what_a_trained_copy_says_is_doubted_alike():
     assert "answers ended at" in doubt
 
 
+@pytest.mark.peers
 def test_inspect_is_told_that_the_model_ended_an_answer():
     pytest.importorskip("inspect_ai")
     from types import SimpleNamespace

@@ -218,6 +218,7 @@ def test_rows_that_are_cut_in_part_are_counted(tmp_path, caplog):
     assert "max_length" not in caplog.text
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_trl_configs_name_max_length_too(tmp_path):
     gkd = pytest.importorskip("trl.experimental.gkd")

@@ -60,6 +60,7 @@ def test_bytes_are_those_that_bitsandbytes_gave(scheme, block):
     assert digest(made.qdata, made.scale) == GOLDEN[scheme, block]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024])
