@@ -15,7 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed's import prints a warning to stdout
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or its import prints to stdout
 
 ON_EVERY_BACKEND = {
     "test_dense_loss",
