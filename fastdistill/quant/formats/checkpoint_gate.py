@@ -179,7 +179,7 @@ def _try(source: Path, tokenizer: Any) -> None:
 def _gguf_tokenizer(file: Path) -> Any:
     """Return the tokenizer that transformers makes of a .gguf file, with its chat template.
 
-    transformers would also read the configuration of a tokenizer beside the file, which may be of
+    transformers would also read the configuration of a tokenizer in its folder, which may be of
     another model. So it is shown a folder with a link to the file alone. AutoTokenizer would read
     the file's vocabulary three times, to choose a class for what is in the file anyway."""
     header = read_headers(file)

@@ -101,7 +101,7 @@ def _parameter(file: Path, stored: str, name: str, family: Family) -> str:
         fail_checkpoint(
             f"{file}: tensor {stored!r}",
             f"a tensor of a {name} model as transformers has it",
-            "an unknown one (of a mixture of experts, of rescaled rotary frequencies, a bias)",
+            "an unknown one",
             _INSTEAD,
         )
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
@@ -227,7 +227,7 @@ def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight
         if first.type.unpack is None and second.type.unpack is None:
             return values
         kinds = dict.fromkeys(tensor.type.name for tensor in (first, second))
-        return Expanded(values, f"GGUF {' beside '.join(kinds)}")
+        return Expanded(values, f"GGUF {' and '.join(kinds)}")
     gate, up = (_read(name, tensors[name]) for name in names)
     assert not isinstance(gate, Tensor)
     assert not isinstance(up, Tensor)

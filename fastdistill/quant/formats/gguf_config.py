@@ -187,7 +187,8 @@ def _long_rope(fields: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, 
         return {}
     for name in (_LONG, _SHORT):
         if name not in factors or not bool((factors[name].isfinite() & (factors[name] > 0)).all()):
-            fail(name, "finite rotary factors above 0 beside the other's", "none or others")
+            got = "none" if name not in factors else "zero, negative, infinite or NaN factors"
+            fail(name, f"finite factors above 0 in both {_LONG} and {_SHORT}", got)
     original = fields.get("phi3.rope.scaling.original_context_length")
     checks.integer("phi3.rope.scaling.original_context_length", original, 1)
     scaling = {

@@ -1,1 +1,1 @@
-"""The demo: students of a small teacher beside students of labels."""
+"""Compares students of a small teacher with students of labels."""
