@@ -141,7 +141,7 @@ def test_rescaled_rotary_frequencies_of_llama_3(tmp_path):
     "made, words",
     [
         (dict(architecture="falcon"), r"architecture: expected one of .*'llama'.*got 'falcon'"),
-        (dict(extra=[("blk.0.ffn_gate_exps.weight", np.ones((2, 32), np.float32))]), "ffn_gate_exps"),
+        (dict(extra=[("blk.0.ffn_gate_exps.weight", np.ones((2, 32), np.float32))]), "gate_exps"),
         (dict(extra=[("blk.0.attn_q.bias", np.ones(64, np.float32))]), "attn_q.bias"),
         (dict(extra=[("rope_factors_long.weight", np.ones(8, np.float32))]), "rotary"),
         (dict(fields=[("llama.rope.dimension_count", 8)]), "dimensions of a head, got 8"),
