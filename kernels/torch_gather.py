@@ -70,6 +70,11 @@ def backward(
     dx = dw = db = None
     if need_hidden:
         dx = hidden_grad(head, ids_NS, g_NS).to(hidden_NH.dtype)
+    if hidden_NH.device.type != "cpu":
+        dw, db = without_host_reads(
+            head, hidden_NH, ids_NS, g_NS, need_weight=need_weight, need_bias=need_bias
+        )
+        return dx, dw, db
     flat = ids_NS.flatten()
     order = torch.argsort(flat, stable=True)
     order = order[flat[order] >= 0]
@@ -96,3 +101,29 @@ def backward(
         db.index_add_(0, flat[order], g_NS.flatten()[order])
         db = db.to(head.bias.dtype)
     return dx, dw, db
+
+
+def without_host_reads(
+    head: LMHead,
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    g_NS: Tensor,
+    *,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dW, db) for a GPU, where the number of distinct ids is not read; g is 0 in empty slots.
+
+    On a GPU index_put_ sorts the ids and adds equal ones in order. dW is summed in fp32 at once.
+    """
+    ids_NS, dw, db = ids_NS.clamp(min=0), None, None
+    if need_weight:
+        dw = torch.zeros_like(head.weight, dtype=head.dtype)
+        for at in _blocks(head, ids_NS):
+            terms_nSH = g_NS[at].unsqueeze(-1) * hidden_NH[at].to(head.dtype).unsqueeze(1)
+            dw.index_put_((ids_NS[at],), terms_nSH, accumulate=True)
+        dw = dw.to(head.weight.dtype)
+    if need_bias and head.bias is not None:
+        db = torch.zeros_like(head.bias, dtype=head.dtype)
+        db = db.index_put_((ids_NS,), g_NS, accumulate=True).to(head.bias.dtype)
+    return dw, db

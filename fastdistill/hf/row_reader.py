@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ class BatchedForward:
                 self.row_limit.check(length, "input_ids", index)
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         varlen = self.packs and "flash" in str(attention)
-        starts = torch.tensor([0, *rows.lengths]).cumsum(0).tolist()
+        starts = [0, *accumulate(rows.lengths)]
         for group in groups(rows.lengths, self.budget, varlen, self._max_packed_length):
             lengths = [rows.lengths[i] for i in group]
             at = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in group])
