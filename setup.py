@@ -6,6 +6,7 @@ are a separate module, compiled if nvcc is available, with or without a GPU:
 
     FASTDISTILL_CUDA=auto | 0 | 1        build if nvcc is available (default) | never | or fail
     FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities, and PTX of the newest for later GPUs
+    MAX_JOBS=N                           compile N files at a time (one per core)
 
 FASTDISTILL_REPOSITORY is the address of the repository that builds a release. The links of the
 package's metadata start with it; without it there are none.
@@ -217,12 +218,13 @@ def extensions() -> list[Extension]:
         say("installing WITHOUT the C++ extension and CUDA kernels, as FASTDISTILL_NO_EXT=1 asks")
         return []
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError:
         for name in MISSED:
             required = name.endswith("_cuda") and os.environ.get("FASTDISTILL_CUDA") == "1"
             drop(name, "pybind11 is not installed", required)
         return []
+    ParallelCompile("MAX_JOBS").install()  # the files of an extension; all cores by default
     compile_args, link_args = cpu_flags()
     return [
         Pybind11Extension(
