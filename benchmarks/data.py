@@ -65,12 +65,31 @@ def sparse(shape: Shape, dtype: torch.dtype) -> Data:
     the loss would be rounding error.
     """
     data, g = _base(shape, dtype)
+    return _with_teacher(data, shape.K, g)
+
+
+def _with_teacher(data: Data, k: int, g: torch.Generator) -> Data:
     with torch.no_grad():
-        ids = fd.linear_topk(data.hidden, data.weight, shape.K, impl="torch").ids
+        ids = fd.linear_topk(data.hidden, data.weight, k, impl="torch").ids
         z = fd.linear_lse_gather(data.hidden, data.weight, ids, impl="torch")
         near = z.logits + 0.5 * torch.randn(z.logits.shape, generator=g, device=ids.device)
         lse = torch.logaddexp(near.logsumexp(-1), z.lse_rest)
     return data._replace(teacher=fd.TopK(ids, near - lse.unsqueeze(-1), z.lse_rest - lse))
+
+
+def zipf(shape: Shape, dtype: torch.dtype) -> Data:
+    """`sparse` with ids that repeat as those of a language model: a prior −log(rank) on the logits.
+
+    The ranks are a random order of the vocabulary. Column 0 holds the prior: 1 in every hidden
+    state, −log(rank) in the weight. The frequency of an id among the top K is then close to a power
+    of its rank, and a few ids are in the top K of most tokens.
+    """
+    data, g = _base(shape, dtype)
+    with torch.no_grad():
+        ranks = torch.randperm(shape.V, generator=g, device=data.weight.device) + 1
+        data.weight[:, 0] = -ranks.log()
+        data.hidden[:, 0] = 1
+    return _with_teacher(data, shape.K, g)
 
 
 def dense(shape: Shape, dtype: torch.dtype) -> Data:

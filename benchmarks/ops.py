@@ -136,6 +136,25 @@ OPS = {
         0,
         _gather_bytes,
     ),
+    # Ops of their own: the committed results of the two above have uniform ids.
+    "topk_loss_zipf": Op(
+        "topk_loss with ids that repeat as those of a language model (Zipf)",
+        "both",
+        data.zipf,
+        truth(_topk_loss),
+        (*peers.pytorch(peers.topk_loss), *ours(_topk_loss, BACKWARD)),
+        6,
+        _grad_bytes,
+    ),
+    "renorm_both_zipf": Op(
+        "renorm_both with ids that repeat as those of a language model (Zipf)",
+        "both",
+        data.zipf,
+        truth(_renorm_both),
+        (*peers.pytorch(peers.renorm_both), *ours(_renorm_both)),
+        0,
+        _gather_bytes,
+    ),
     "scoring": Op(
         "every per-token score, with labels and a teacher; no gradient",
         "forward",
