@@ -24,6 +24,7 @@ from fastdistill.teachers.local import Teacher
 from .data import device
 from .large_models import CONFIGS, build, narrow, ours
 from .memory import held_mb, peak_mb, release
+from .packages import installed
 from .quant_peers import bnb4_eval
 from .registry import Missing, attempt
 from .rows import Row
@@ -41,8 +42,13 @@ SHORTEST, LONGEST = 256, 1 << 16
 RANK = 16
 
 
-def optimizer_name(way: str) -> str:
-    return "adamw_8bit" if way == FULL and torch.cuda.is_available() else "adamw_torch"
+def optimizer(way: str) -> tuple[str, str | None]:
+    """The optimizer, and a note if it is used in the place of one whose package is missing."""
+    if way != FULL or not torch.cuda.is_available():
+        return "adamw_torch", None
+    if installed("bitsandbytes") is None:
+        return "adamw_torch", "adamw_torch, not adamw_8bit: bitsandbytes is not installed"
+    return "adamw_8bit", None
 
 
 class _Dense(Trainer):
@@ -101,7 +107,7 @@ class Running:
         return get_peft_model(model, how)
 
     def _trainer(self, way: str, student: Any, teacher: Any, folder: str) -> Any:
-        optim = optimizer_name(way)
+        optim, _ = optimizer(way)
         if self.contender == "materialised":
             trainer = _Dense(student, settings(TrainingArguments, folder, optim=optim))
             trainer.teacher = teacher
@@ -168,6 +174,7 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
     with tempfile.TemporaryDirectory() as folder:
         running, reason = attempt(lambda: Running(way, contender, shape, folder))
         first = Row.at(shape, f"large_step_{way}", contender, "both")
+        first.note = optimizer(way)[1]
         if running is not None:
             batch = running.batch(shape.N)
             _, reason = attempt(lambda: _measure(first, running, batch))
@@ -177,6 +184,7 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
             return
         for cap in CAPS[way]:
             row = Row.at(shape, f"longest_row_{way}_{cap}GB", contender, "both")
+            row.note = first.note
             row.set_reason(attempt(functools.partial(_longest, row, running, cap))[1])
             say(row)
 

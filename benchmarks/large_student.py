@@ -3,7 +3,7 @@
 Published shapes with random weights; one row a step, gradient checkpointing, a target at every
 token. Ways to train, each with an NF4 teacher (bitsandbytes' for the first two, ours otherwise):
 
-    full    bf16 weights and gradients, AdamW with 8-bit moments
+    full    bf16 weights and gradients, AdamW with 8-bit moments (without bitsandbytes adamw_torch)
     qlora   NF4 weights (bitsandbytes), adapters of rank 16
 
     materialised     transformers' Trainer: KL over the vocabulary, of both models' logits in fp32
@@ -32,12 +32,12 @@ from typing import NamedTuple
 from fastdistill.training.plan import Settings, plan_memory
 
 from .large_models import CONFIGS, narrow
-from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER
+from .large_step import CAPS, FULL, OURS, SHAPE, STUDENT, TEACHER, optimizer
 from .rows import Row, current_command, current_commit
 from .shapes import Shape
 
 SECONDS = 100  # per process; rows printed by then count
-IN_ALL = 290  # of all of them
+IN_ALL = 280  # of all of them
 FIRST = ("ours, top 64", "materialised", "ours", "ours, cached", "TRL GKDTrainer")
 
 
@@ -91,6 +91,7 @@ def ops(way: str) -> list[str]:
 def planned(contender: str, shape: Shape) -> Row:
     """The estimate of `fastdistill plan` for full fine-tuning, from the two configurations."""
     row = Row.at(shape, "large_step_full", f"plan of {contender}", "both")
+    row.note = optimizer(FULL)[1]
     with tempfile.TemporaryDirectory() as folder:
         for name in (STUDENT, TEACHER):
             config = CONFIGS[name]()
@@ -106,7 +107,7 @@ def planned(contender: str, shape: Shape) -> Row:
                 k=None if contender == "ours" else shape.K,
                 cached=cached,
                 teacher_quant=None if cached else "nf4",
-                optim="adamw_8bit",
+                optim="adamw_torch" if row.note else "adamw_8bit",
                 gradient_checkpointing=True,
                 dtype="bfloat16",
             ),
@@ -125,5 +126,6 @@ def table(rows: Sequence[Row]) -> str:
             continue
         speed = "" if not row.ms_median else f"{1e3 * row.N / row.ms_median:9.0f} tokens/s"
         memory = "" if row.peak_mb is None else f"{row.peak_mb:9.0f} MB"
-        lines.append(f"{label} {row.N:7} tokens {speed} {memory}".rstrip())
+        note = "" if row.note is None else f" ({row.note})"
+        lines.append(f"{label} {row.N:7} tokens {speed} {memory}".rstrip() + note)
     return "\n".join(lines)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Data
-from .registry import BrokenPeer, Compute, Contender, Missing, installed
+from .packages import installed
+from .registry import BrokenPeer, Compute, Contender, Missing
 
 BETA = 0.5
 LIGER = "liger-kernel"

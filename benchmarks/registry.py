@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .data import Data
+from .packages import installed
 from .shapes import DTYPES, FIXED_K, GATE, QUICK, Entry, Shape
 
 Outputs = Mapping[str, Tensor]
@@ -134,14 +134,6 @@ def run(contender: Contender, case: Case, data: Data) -> Outputs:
             f"{contender.package} {installed_version} is installed and cannot be called: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def installed(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return version(package) if package else None
-    except PackageNotFoundError:
-        return None
 
 
 def outputs(compute: Compute, mode: str, data: Data) -> Outputs:

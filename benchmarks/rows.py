@@ -17,7 +17,7 @@ from typing import Any
 from fastdistill.runtime.atomic_files import write_atomically
 from fastdistill.runtime.backend import describe, package_versions
 
-from .registry import installed
+from .packages import installed
 from .shapes import Shape, label
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,6 +72,8 @@ def current_command() -> str:
 class Row:
     """One contender on one case. A missing one has a `reason` and no figures.
 
+    note: what was used in the place of a missing package.
+
     grad_error is ‖g − g₆₄‖ / ‖g₆₄‖ on the gate's shape, the worse of hidden's and weight's (in
     forward mode the worst of the outputs'). peak_mb is the memory that a call adds to torch's
     allocator; output_mb of it are the results. roofline_share is floor_ms / ms_median, with the
@@ -88,6 +90,7 @@ class Row:
     dtype: str
     missing: bool = False
     reason: str | None = None
+    note: str | None = None
     ms_median: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None

@@ -9,12 +9,13 @@ import torch
 
 from benchmarks import data, peers
 from benchmarks.ops import OPS
-from benchmarks.registry import BrokenPeer, Case, Contender, Missing, Op, gate, installed
+from benchmarks.packages import installed, pins
+from benchmarks.registry import BrokenPeer, Case, Contender, Missing, Op, gate
 from benchmarks.roofline import Rates
 from benchmarks.rows import table
 from benchmarks.run import WallClock, measure
 from benchmarks.shapes import Shape
-from helpers.pinned import is_as_pinned, pins
+from helpers.pinned import is_as_pinned
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
 RATES = Rates({torch.float32: 1e12}, 1e10)

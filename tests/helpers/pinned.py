@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
-from benchmarks.registry import installed
-
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
-
-
-def pins() -> dict[str, str]:
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    return dict(
-        re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", line)[0] for line in lines if "==" in line
-    )
+from benchmarks.packages import installed, pins
 
 
 def is_as_pinned(package: str) -> bool:
