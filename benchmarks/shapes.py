@@ -69,38 +69,35 @@ def _sparse_loss() -> tuple[Entry, ...]:
 
 
 def _heads() -> tuple[Entry, ...]:
-    """All ops at the main shape, then other heads, then other N and K, by importance.
+    """Loss and scores at three sizes, all ops at the main one, then other heads, N and K.
 
-    Compiling takes longer than measuring, so only the main shape is compiled.
+    The order is by importance, for a run that is out of time. Nothing is compiled.
     """
-    main = "llama-3.1-8b"
-    entries = [
-        entry(op, main, 8192, 64)
-        for op in (
-            "topk_loss",
-            "scoring",
-            "renorm_both",
-            "label_loss",
-            "dense_jsd",
-            "linear_topk",
-            "dense_loss",
-        )
-    ]
-    sweep: list[tuple[str, str, int, int]] = []
+    main, small = "llama-3.1-8b", "qwen3-0.6b"
+    sizes = ((main, 8192), (small, 2048), (main, 512))
+    sweep = [(op, head, n, 64) for head, n in sizes for op in ("topk_loss", "scoring")]
+    sweep += [(op, main, 8192, 64) for op in ("linear_topk", "renorm_both_zipf", "topk_loss_zipf")]
+    sweep += [(op, main, 8192, 64) for op in ("renorm_both", "label_loss")]
+    sweep += [(op, main, 8192, 0) for op in ("dense_jsd", "dense_loss")]
+    sweep += [("linear_topk", small, 2048, 64), ("topk_loss", small, 512, 64)]
     others = [head for head in HEADS if head != main]
     sweep += [("topk_loss", head, 8192, 64) for head in others]
-    sweep += [("topk_loss", main, n, 64) for n in (512, 2048, 32768)]
+    sweep += [("topk_loss", main, n, 64) for n in (2048, 32768)]
     sweep += [("topk_loss", main, 8192, k) for k in (1, 8, 256)]
     sweep += [("scoring", head, 8192, 64) for head in others]
     sweep += [("label_loss", head, 8192, 1) for head in others]
     sweep += [("renorm_both", head, 8192, 64) for head in others]
     sweep += [("dense_jsd", head, 8192, 0) for head in others]
     sweep += [("linear_topk", "qwen3-8b", 8192, k) for k in (64, 256)]
-    sweep += [("scoring", main, n, 64) for n in (512, 32768)]
-    sweep += [("topk_loss", "gemma-3-4b", 32768, 64), ("topk_loss", "qwen3-0.6b", 512, 64)]
-    entries += [entry(*line, compiled=False) for line in sweep]
-    entries.append(entry("topk_loss", "qwen3-0.6b", 2048, 64, "fp32", compiled=False))
-    return tuple(entries)
+    sweep += [("scoring", main, 32768, 64), ("topk_loss", "gemma-3-4b", 32768, 64)]
+    entries = [entry(*line, compiled=False) for line in sweep]
+    return (*entries, entry("topk_loss", small, 2048, 64, "fp32", compiled=False))
+
+
+def _heads_compiled() -> tuple[Entry, ...]:
+    """All contenders at the main shape, with torch.compile, which takes longer than measuring."""
+    ops = "topk_loss scoring renorm_both label_loss dense_jsd linear_topk dense_loss".split()
+    return tuple(entry(op, "llama-3.1-8b", 8192, 64) for op in ops)
 
 
 def _quantized() -> tuple[Entry, ...]:
@@ -122,6 +119,7 @@ def _quantized_gpu() -> tuple[Entry, ...]:
 SUITES = {
     "sparse_loss": _sparse_loss(),
     "heads": _heads(),
+    "heads_compiled": _heads_compiled(),
     "quantized": _quantized(),
     "quantized_gpu": _quantized_gpu(),
 }

@@ -1,9 +1,12 @@
 """Every operator on a CUDA device against fp64: `pytest tests/test_gpu.py`, or without pytest
-`python tests/test_gpu.py [check…]` on an image that has only torch and triton.
+`python tests/test_gpu.py [check or group…]` on an image that has only torch and triton. The script
+prints a line after each check, and the stack of the running one if it is stopped.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import sys
 import time
 import traceback
@@ -16,7 +19,7 @@ if __name__ == "__main__":
 
 import torch
 
-from helpers.gpu_table import CHECKS
+from helpers.gpu_table import CHECKS, GROUPS
 
 try:
     import pytest
@@ -32,14 +35,13 @@ else:
 
 
 def main(names: list[str]) -> int:
-    unknown = sorted({*names} - {run.__name__ for run in CHECKS})
+    by_name = {run.__name__: [run] for run in CHECKS} | GROUPS
+    unknown = sorted({*names} - by_name.keys())
     if unknown:
-        print(f"no such check: {', '.join(unknown)}")
+        print(f"no such check or group: {', '.join(unknown)}")
         return 2
     failed = []
-    for run in CHECKS:
-        if names and run.__name__ not in names:
-            continue
+    for run in dict.fromkeys(run for name in names or GROUPS for run in by_name[name]):
         started = time.perf_counter()
         try:
             run()
@@ -53,4 +55,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGTERM, chain=True)
     sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,9 @@
-"""Every check that runs on a CUDA device, in one list."""
+"""Every check that runs on a CUDA device, by group."""
 
 from helpers.gpu_checks import CHECKS as LOSSES
 from helpers.gpu_plan_checks import CHECKS as PLANS
-from helpers.gpu_quant_checks import CHECKS as QUANTISED
+from helpers.gpu_quant_checks import CHECKS as QUANTIZED
 from helpers.gpu_training_checks import CHECKS as TRAINING
 
-CHECKS = [*LOSSES, *QUANTISED, *TRAINING, *PLANS]
+GROUPS = {"losses": LOSSES, "quantized": QUANTIZED, "training": TRAINING, "plans": PLANS}
+CHECKS = [check for group in GROUPS.values() for check in group]
