@@ -14,7 +14,7 @@ CPU_BLOCK_TOKENS = 1024
 def get_backend(impl: str) -> Backend:
     """Return the backend called `impl`; Triton is imported when its first kernel is launched."""
     if impl == "triton":
-        from . import gpu_dense, gpu_gather, gpu_slabs
+        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs
 
         return Backend(
             gpu_slabs.scan,
@@ -26,6 +26,7 @@ def get_backend(impl: str) -> Backend:
             gpu_slabs.topk,
             gpu_dense.dense_sums,
             gpu_dense.dense_grads,
+            gpu_rows.scale_,
             gpu_slabs.BLOCK_TOKENS,
             topk_needs_buffer=True,
         )
@@ -39,6 +40,7 @@ def get_backend(impl: str) -> Backend:
         torch_slabs.topk,
         torch_dense.dense_sums,
         torch_dense.dense_grads,
+        torch_grads.scale_,
         CPU_BLOCK_TOKENS,
         topk_needs_buffer=False,
     )

@@ -29,6 +29,7 @@ class Backend(NamedTuple):
     topk               the k largest of each row and the log-sum-exp of the rest
     dense_sums         D, Σψ and the label's logit of a chunk stored for both heads
     dense_grads        turn the same chunk into dz; add its share of dX, dW, db
+    scale_             multiply a gradient by a 0-dim factor in place; 1 costs no pass over it
     block_tokens       tokens per scan
     topk_needs_buffer  whether topk needs memory for the logits of a chunk
     """
@@ -42,5 +43,6 @@ class Backend(NamedTuple):
     topk: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
+    scale_: Callable[[Tensor, Tensor], Tensor]
     block_tokens: int
     topk_needs_buffer: bool

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gpu_launch import SLOT_TILE, launch, next_power_of_2, scalars
+from .gpu_launch import SLOT_TILE, cdiv, launch, next_power_of_2, scalars
 from .head import LMHead, RunningLSE, Scanned, Stats, Top2
 from .token_loss import NEG
 
 # Columns per program and its warps: 16 fp32 per thread.
 ROW_TILE = {"BV": 4096, "num_warps": 8}
+# 2048 programs fill any GPU and end within microseconds if there is nothing to do.
+SCALE_TILE = {"BE": 4096, "num_warps": 8}
+SCALE_PROGRAMS = 2048
 # Without this bound ptxas spills two registers to fit one more program.
 REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
 
@@ -147,3 +150,18 @@ def grad_rows_(
         num_warps=ROW_TILE["num_warps"],
     )
     return out
+
+
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad *= factor (0-dim, fp32 or fp64), rounded once; a factor of 1 costs no pass over grad."""
+    n = grad.numel()
+    launch(
+        "triton_grad:scale_in_place",
+        (min(cdiv(n, SCALE_TILE["BE"]), SCALE_PROGRAMS),),
+        grad,
+        p_x=grad,
+        p_factor=factor.clone(),  # aligned, as every other tensor: one variant less
+        n=n,
+        **SCALE_TILE,
+    )
+    return grad

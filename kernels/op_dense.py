@@ -68,7 +68,8 @@ def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, _, grad_scale, *scaled_up = dense_loss(
         hidden, weight, bias, grad.contiguous(), *teacher, need=need, **ctx.scalars
     )
-    grads = scale_saved(scaled_up, grad_scale.new_ones(()), grad_scale, need)
+    one = grad_scale.new_ones(())
+    grads = scale_saved(scaled_up, one, grad_scale, need, ctx.scalars["impl"])
     return (*grads, *[None] * len(teacher))
 
 

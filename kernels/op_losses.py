@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
+from .backends import get_backend
 from .op_common import (
     HEAD,
     LOSS,
@@ -56,40 +57,35 @@ topk_loss = define_operator(
 
 
 def scale_saved(
-    saved: list[Tensor], grad: Tensor, grad_scale: Tensor, need: list[bool]
+    saved: list[Tensor], grad: Tensor, grad_scale: Tensor, need: list[bool], impl: str
 ) -> list[Tensor | None]:
     """Saved gradients times the upstream scalar, divided by their grad_scale [3].
 
-    They are scaled in place, without a second dW. `loss.backward()` on CPU has upstream 1 and
-    returns them unchanged; on a GPU, reading the scalar would stall the stream. With retain_graph
-    they must outlive the call, and a traced graph owns no memory: then the product is a new tensor.
+    They are scaled in place, without a second dW; a factor of 1, as in `loss.backward()`, leaves
+    them unread. With retain_graph they must outlive the call, and a traced graph owns no memory:
+    then the product is a new tensor.
     """
     factors = (grad / grad_scale).unbind()
     in_place = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    pairs = zip(saved, factors, strict=True)
-    return select_needed((scale_grad(g, f, in_place) if g.numel() else g for g, f in pairs), need)
+    backend = get_backend(impl)
 
+    def scaled(g: Tensor, factor: Tensor) -> Tensor:
+        if not g.numel():
+            return g
+        if in_place:
+            return backend.scale_(g, factor)
+        return (g * factor.reshape(1)).to(g.dtype)  # [1]: a 0-dim factor is not promoted
 
-def scale_grad(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """grad · factor (0-dim, fp32 or fp64), multiplied in the wider type and rounded once.
-
-    A GPU rounds a 0-dim factor to the type of `grad` first, and 2^17 is infinite in float16; a
-    factor of shape [1] is promoted instead. A CPU does not round the 0-dim factor.
-    """
-    if not in_place:
-        return (grad * factor.reshape(1)).to(grad.dtype)
-    if grad.device.type == "cpu":
-        return grad if factor.item() == 1.0 else grad.mul_(factor)
-    return grad.mul_(factor.reshape(1))
+    return select_needed(map(scaled, saved, factors), need)
 
 
 def save_grads(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: tuple[Tensor, ...]
 ) -> None:
-    """Save per_token, grad_scale, dx, dw, db: the second output and the last four."""
+    """Save per_token, grad_scale, dx, dw, db (the second output and the last four), and impl."""
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros of the size of dW
     ctx.save_for_backward(output[1], *output[-4:])
-    ctx.count = len(inputs)
+    ctx.count, ctx.impl = len(inputs), keyword_only_inputs["impl"]
 
 
 def raise_no_second_derivative() -> NoReturn:
@@ -107,7 +103,7 @@ def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     if grad is None:  # only a gradient of the gradient was requested
         raise_no_second_derivative()
     per_token, grad_scale, *saved = ctx.saved_tensors
-    grads = scale_saved(saved, grad, grad_scale, needed_by(ctx))
+    grads = scale_saved(saved, grad, grad_scale, needed_by(ctx), ctx.impl)
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None
     return (*grads, d_coef, *[None] * (ctx.count - 4))
 

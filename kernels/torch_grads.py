@@ -118,3 +118,15 @@ def recompute(
     if dx_HN is not None:
         dx = dx_HN.t().to(hidden_type, memory_format=torch.contiguous_format)
     return dx, dw, db
+
+
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad *= factor (0-dim, fp32 or fp64), multiplied in the wider type and rounded once.
+
+    A CPU reads the factor, and returns at once if it is 1. A GPU does not: that would stall the
+    stream. It rounds a 0-dim factor to the type of `grad` first, and 2^17 is infinite in float16; a
+    factor of shape [1] is promoted instead.
+    """
+    if grad.device.type == "cpu":
+        return grad if factor.item() == 1.0 else grad.mul_(factor)
+    return grad.mul_(factor.reshape(1))

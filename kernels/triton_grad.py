@@ -6,6 +6,9 @@
 4 bytes read and 2 or 4 written per logit. A 16-bit row overwrites the front of its own fp32 row, so
 a chunk needs no second buffer: tile t overwrites columns that were already read, with a barrier
 between the reads and the writes of a tile.
+
+scale_in_place multiplies a gradient by the upstream scalar, which is 1 in `loss.backward()`: the
+host does not read it, and the kernel does not read the gradient.
 """
 
 from __future__ import annotations
@@ -100,3 +103,21 @@ def grad_rows(
             m_in_slab = (b_ids >= v0) & (b_ids < v0 + v)
             b_g = tl.load(p_row_g + o_slots, mask=m_in_slab, other=0.0)
             tl.store(p_dz + (b_ids - v0), round_to(b_g, p_dz.dtype.element_ty), mask=m_in_slab)
+
+
+@triton.jit
+def scale_in_place(p_x, p_factor, n, BE: tl.constexpr):
+    """x *= factor, in the type of the factor and rounded once; returns at once if it is 1.
+
+    Args:
+        p_x: n elements. p_factor: one element, fp32 or fp64.
+
+    Program i owns every num_programs-th block of BE elements, from block i on.
+    """
+    b_factor = tl.load(p_factor)
+    if b_factor != 1.0:
+        i_first = tl.program_id(0).to(tl.int64) * BE
+        for i_block in range(i_first, n, tl.num_programs(0) * BE):
+            o_x = i_block + tl.arange(0, BE)
+            b_x = tl.load(p_x + o_x, mask=o_x < n, other=0.0).to(b_factor.dtype) * b_factor
+            tl.store(p_x + o_x, round_to(b_x, p_x.dtype.element_ty), mask=o_x < n)

@@ -220,7 +220,7 @@ def _with_callable(call: DenseCall, per_row: bool) -> tuple[Tensor, Tensor]:
             **needed(need),
         )
 
-    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head)
+    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head, call.options.impl)
     return loss, out.per_token
 
 

@@ -165,7 +165,7 @@ def fused(call: TopKCall) -> LossTerms:
         scales = torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
         return out._replace(dx=dx, grad_scale=scales)
 
-    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head)
+    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head, options.impl)
     return LossTerms._make((loss, *out.rows, out.entropy))
 
 
@@ -180,6 +180,7 @@ def keep_gradients(
     coef_N: Tensor,
     x: Tensor,
     head: LMHead,
+    impl: str,
 ) -> tuple[Tensor, Any]:
     """Run a computation of gradients in the forward pass that cannot be an operator.
 
@@ -187,7 +188,7 @@ def keep_gradients(
     """
     box: list[Any] = []
     loss: Tensor = _PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
-        run, box, head, needs(x, head), coef_N, x, head.weight, head.bias
+        run, box, head, needs(x, head), impl, coef_N, x, head.weight, head.bias
     )
     return loss, box[0]
 
@@ -200,6 +201,7 @@ class _PrecomputedGradients(torch.autograd.Function):
         box: list[Any],
         head: LMHead,
         need: list[bool],
+        impl: str,
         coef: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -211,6 +213,7 @@ class _PrecomputedGradients(torch.autograd.Function):
         saved = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
         per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
         ctx.save_for_backward(per_token, out.grad_scale, *saved)
+        ctx.impl = impl
         # Otherwise the box would hold dW after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
         loss: Tensor = out.loss
@@ -221,9 +224,9 @@ class _PrecomputedGradients(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise_no_second_derivative()
         per_token, grad_scale, *saved = ctx.saved_tensors
-        d_coef = grad * per_token if ctx.needs_input_grad[4] else None
-        grads = scale_saved(saved, grad, grad_scale, ctx.needs_input_grad[5:])
-        return None, None, None, None, d_coef, *grads
+        d_coef = grad * per_token if ctx.needs_input_grad[5] else None
+        grads = scale_saved(saved, grad, grad_scale, ctx.needs_input_grad[6:], ctx.impl)
+        return None, None, None, None, None, d_coef, *grads
 
 
 def by_reference(call: TopKCall) -> LossTerms:

@@ -48,6 +48,18 @@ def test_nothing_is_skipped_at_zero(small_tiles, dtype, tail):
         assert_close(a, t, GRADIENT[dtype])
 
 
+def test_float16_sums_beyond_its_range(small_tiles):
+    """Products of the scaled dz with a massive channel exceed 65504; dW itself does not."""
+    c = case(torch.float16, N=16, V=40, H=16)
+    c.hidden[:, 0] = 600
+    c.weight[:, 0] *= 1e-2
+    teacher = top_k(c.teacher_logits, 3)
+    actual = run(c, teacher, torch.float16, "triton", grad_filter_eps=0.0)
+    truth = run(c, teacher, torch.float64, "reference")
+    for a, t in zip(actual, truth, strict=True):
+        assert_close(a, t, GRADIENT[torch.float16])
+
+
 @pytest.mark.slow
 def test_peaked_rows_skip_most_tiles_at_little_error(small_tiles):
     c = case(torch.bfloat16, N=40, V=403, H=24, std=25.0, near=1.0)

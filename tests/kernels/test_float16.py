@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import fastdistill as fd
+from fastdistill.kernels import gpu_rows
+from fastdistill.kernels.backends import get_backend
 from helpers.tolerances import relative
 
 BUDGET = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
@@ -210,6 +212,54 @@ def test_a_gradient_kept_for_a_second_backward():
     first = w.grad.clone()
     loss.backward()
     torch.testing.assert_close(w.grad, 2 * first)
+
+
+@pytest.mark.fast_cases(1)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_in_place_factor(dtype, impl_of_auto, monkeypatch):
+    """The product is rounded once, from the type of the factor."""
+    monkeypatch.setattr(gpu_rows, "SCALE_PROGRAMS", 1)
+    wide = torch.promote_types(dtype, torch.float32)
+    for factor in (1.0, 2.0**17, 1 / 3):
+        x, f = (torch.randn(5000) * 2.0**-16).to(dtype), torch.tensor(factor, dtype=wide)
+        expected = (x.to(wide) * f).to(dtype)
+        assert torch.equal(get_backend(impl_of_auto).scale_(x, f), expected)
+
+
+def test_a_factor_of_one_changes_no_memory(impl_of_auto, monkeypatch):
+    x, (one, two) = torch.ones(4), torch.tensor([1.0, 2.0])
+    scale_ = get_backend(impl_of_auto).scale_
+    if impl_of_auto == "torch" or torch.cuda.is_available():
+        assert scale_(x, one)._version == 0 or x.is_cuda
+        return
+    from fastdistill.kernels import triton_grad
+
+    monkeypatch.setattr(triton_grad, "round_to", None)  # the interpreter meets it at the store
+    scale_(x, one)
+    with pytest.raises(Exception, match="NoneType"):
+        scale_(x, two)
+
+
+@pytest.mark.fast_cases(4)
+@pytest.mark.parametrize("route", ["fused", "recompute", "rows alone", "dense"])
+def test_float16_autocast(route):
+    """The gradients of fp32 parameters come through float16, whose range dW · grad_scale leaves."""
+    x, w, teacher = massive_hidden_channel()
+    rounded = [t.half().double().requires_grad_() for t in (x, w)]
+    leaves = [t.requires_grad_() for t in (x, w)]
+
+    def loss_of(x, w):
+        if route != "dense":
+            return fd.topk_distill_loss(x, w, in_type(teacher, x), **ROUTES[route])
+        t, other = torch.ones(len(x), 8), torch.linspace(-1, 1, 8 * len(w)).reshape(-1, 8)
+        return fd.linear_distill_loss(x, w, t.to(x.dtype), other.half().to(x.dtype))
+
+    with torch.autocast(x.device.type, torch.float16):
+        loss = loss_of(*leaves)
+    loss.backward()
+    loss_of(*rounded).backward()
+    for a, t in zip(leaves, rounded, strict=True):
+        assert relative(a.grad, t.grad) <= BUDGET[torch.float16]
 
 
 @pytest.mark.fast_cases(1)
