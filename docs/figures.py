@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -57,23 +58,18 @@ def draw_support(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(256, 32, generator=generator) for _ in "st")
     weight, teacher_weight = (torch.randn(1000, 32, generator=generator) / 2 for _ in "st")
-    options = {"divergence": "reverse_kl"}
-    whole = fd.linear_distill_loss(hidden, weight, teacher_hidden, teacher_weight, **options)
-
-    def share(ids: torch.Tensor) -> float:
-        at = fd.linear_lse_gather(teacher_hidden, teacher_weight, ids)
-        teacher = fd.TopK(ids, at.logits - at.lse[:, None], at.lse_rest - at.lse)
-        return float(fd.topk_distill_loss(hidden, weight, teacher, **options) / whole)
-
+    options: dict[str, Any] = {"divergence": "reverse_kl"}
+    heads = (hidden, weight, teacher_hidden, teacher_weight)
+    whole = fd.linear_distill_loss(*heads, **options)
     sizes = [2, 4, 8, 16, 32, 64, 128]
-    curves: dict[str, list[float]] = {"teacher's top k": [], "student's top k": [], "both": []}
-    for k in sizes:
-        theirs = fd.linear_topk(teacher_hidden, teacher_weight, k).ids
-        own = fd.linear_topk(hidden, weight, k).ids
-        both = torch.cat([theirs, own], -1)
-        repeated = (both[:, :, None] == both[:, None, :]).tril(-1).any(-1)
-        for name, ids in zip(curves, (theirs, own, both.masked_fill(repeated, -1)), strict=True):
-            curves[name].append(share(ids))
+    supports = {"teacher": "teacher's top k", "student": "student's top k", "union": "both"}
+    curves = {
+        name: [
+            float(fd.linear_distill_loss(*heads, k=k, support=support, **options) / whole)
+            for k in sizes
+        ]
+        for support, name in supports.items()
+    }
     figure, axis = plt.subplots(figsize=(5.4, 3), layout="constrained")
     for (name, values), color in zip(curves.items(), (TEACHER, STUDENT, "#3ca951"), strict=True):
         axis.plot(sizes, values, "o-", color=color, label=name)

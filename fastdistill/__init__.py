@@ -13,7 +13,7 @@ from .runtime.version import __version__ as __version__
 if TYPE_CHECKING:
     from . import compat
     from .losses.dense import linear_distill_loss
-    from .losses.linear_head import linear_lse_gather, linear_topk
+    from .losses.linear_head import linear_logprobs_at, linear_lse_gather, linear_topk
     from .losses.modules import LinearDistillLoss, TopKDistillLoss
     from .losses.scores import token_scores
     from .losses.topk import topk_distill, topk_distill_loss
@@ -44,6 +44,7 @@ __all__ = [
     "TopKDistillLoss",
     "compat",
     "linear_distill_loss",
+    "linear_logprobs_at",
     "linear_lse_gather",
     "linear_topk",
     "load_teacher",
@@ -61,7 +62,7 @@ _NAMES_OF = {
     "losses.topk": ("topk_distill", "topk_distill_loss"),
     "losses.modules": ("LinearDistillLoss", "TopKDistillLoss"),
     "losses.types": ("DistillOutput", "SelectedLogits", "TokenScores", "TopK"),
-    "losses.linear_head": ("linear_lse_gather", "linear_topk"),
+    "losses.linear_head": ("linear_logprobs_at", "linear_lse_gather", "linear_topk"),
     "quant": ("Int8Linear", "LUT4Linear", "quantize_model", "save_quantized"),
     "losses.scores": ("token_scores",),
     "teachers.http": ("ServedTeacher",),

@@ -1,7 +1,7 @@
 """Links to the public names, and the directive `public`: autodoc of the names of a module.
 
     ```{public} fastdistill
-    linear_topk linear_lse_gather
+    linear_topk linear_logprobs_at linear_lse_gather
     ```
 
 Without a list of names it documents the whole of the module's `__all__`. Wherever a name of

@@ -25,7 +25,8 @@ from .arguments import (
     token_weights,
 )
 from .gradient_paths import empty_output, keep_gradients, needs
-from .topk import Divergence
+from .support import SUPPORTS, answers_of_head
+from .topk import Divergence, distill_topk
 
 
 def linear_distill_loss(
@@ -34,6 +35,8 @@ def linear_distill_loss(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
+    k: int | None = None,
+    support: str = "teacher",
     labels: Tensor | None = None,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
@@ -60,15 +63,21 @@ def linear_distill_loss(
 
         ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 
-    over the whole vocabulary. p is the softmax of the teacher's head at T. The logits of both
-    models are computed in slabs. Options as in `topk_distill`; there is no tail.
+    over the whole vocabulary, or over k tokens and the rest as one outcome. p is the softmax of the
+    teacher's head at T. The logits of both models are computed in slabs. Options as in
+    `topk_distill`.
 
     Args:
         hidden: [N, H] or [B, T, H] of the student; weight: [V, H], the same dtype.
         teacher_hidden: [..., G], the same positions; G may differ from H. It gets no gradient.
         teacher_weight: [V', G]. Both heads are cut at the smallest of V, V' and valid_vocab: rows
             beyond it are padding.
-        divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows.
+        k: None compares the whole vocabulary. An integer compares the k tokens of `support` and
+            the rest as one outcome (tail="bucket"); it is a lower bound of the whole divergence.
+        support: with k, whose k likeliest tokens: "teacher", "student", or "union", the 2k of both.
+            The reverse KL and JSD have their large terms where the student is.
+        divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows
+            ([n, K+1] with k).
         backward: "fused" (gradients in the forward pass, scalar losses), "recompute" (any
             upstream gradient), "auto".
 
@@ -97,6 +106,25 @@ def linear_distill_loss(
         backward=backward,
     )
     reduction_of = Reduction(labels, token_weight, ignore_index, reduction, num_items)
+    checks.choice("support", support, SUPPORTS)
+    if k is not None:
+        vocab = operands(hidden, head).vocab
+        vocab = min(vocab, operands(teacher_hidden, teacher_head, prefix="teacher_").vocab)
+        head, teacher_head = (h._replace(valid_vocab=vocab) for h in (head, teacher_head))
+        answers = answers_of_head(
+            support,
+            k,
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            temperature=temperature,
+            impl=impl,
+        )
+        return distill_topk(hidden, head, answers, options, reduction_of).loss
+    if support != "teacher":
+        hint = "k=None compares the whole vocabulary"
+        checks.fail("support", "'teacher' with k=None", repr(support), hint)
     return distill_dense(hidden, head, teacher_hidden, teacher_head, options, reduction_of)
 
 

@@ -1,4 +1,4 @@
-"""linear_lse_gather, the primitive of the sparse losses, and linear_topk for teachers."""
+"""linear_lse_gather, the primitive of the sparse losses; linear_topk and linear_logprobs_at."""
 
 from __future__ import annotations
 
@@ -147,3 +147,62 @@ def linear_topk(
         with torch.autocast(hidden.device.type, enabled=False):
             best = TopK(*topk(get_backend(impl), ops.head, ops.hidden, k), ops.head.temperature)
     return best.map(ops.unflatten)
+
+
+@torch.no_grad()
+def linear_logprobs_at(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+    check: bool = False,
+) -> TopK:
+    """Return log softmax(z) at K given ids and the exact log tail, as the answers of a teacher.
+
+        logprobs = z_ids − lse,  log_tail = log Σ_{v ∉ ids} e^{z_v} − lse
+
+    z as in `linear_lse_gather`. No [N, V] tensor, no gradient.
+
+    Args:
+        hidden: [N, H] or [B, T, H]. weight: [V, H].
+        ids: int32/int64 [..., K]; −1 is an empty slot. Repeats of an id become empty slots.
+        check: read and check ids on a GPU too.
+
+    Returns:
+        TopK(ids int64 [..., K] in the given order, logprobs fp32 [..., K], −inf in empty slots,
+        log_tail fp32 [...], temperature); fp64 from fp64.
+
+    Raises:
+        ValueError or TypeError that names the argument.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 16), torch.randn(100, 16)
+        >>> student_ids = linear_topk(torch.randn(5, 16), torch.randn(100, 16), k=8).ids
+        >>> answers = linear_logprobs_at(hidden, weight, student_ids)
+    """
+    selected = linear_lse_gather(
+        hidden,
+        weight,
+        ids,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        valid_vocab=valid_vocab,
+        impl=impl,
+        check=check,
+    )
+    first = first_slots(ids.long().flatten(0, -2)).view(ids.shape)
+    lse = selected.lse.unsqueeze(-1)
+    return TopK(
+        ids.long().masked_fill(~first, -1),
+        (selected.logits - lse).clamp(max=0.0).masked_fill(~first, -torch.inf),
+        (selected.lse_rest - selected.lse).clamp(max=0.0),
+        float(temperature),
+    )
