@@ -16,7 +16,7 @@ from ..hf.lm_head import LMHead, head_of, rows_of_head, verify_head
 from ..hf.offloading import check_whole
 from ..hf.positions import RowLimit
 from ..hf.row_reader import BatchedForward, read_rows
-from ..losses.linear_head import linear_topk
+from ..losses.linear_head import linear_logprobs_at, linear_topk
 from ..losses.types import TopK
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..quant.formats.detect import keeps_bits
@@ -27,6 +27,7 @@ from .cache import TeacherCache
 from .fidelity import FidelityReport, measure
 from .http import ServedTeacher
 from .open import open_teacher
+from .scored_ids import check_scored_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,6 +175,52 @@ class Teacher:
                     **head.options(),
                 )
                 answer.put(at, best)
+        return answers
+
+    @torch.no_grad()
+    def logprobs_at(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None,  # (B, T)
+        ids: Tensor,  # (B, T, K)
+        *,
+        temperature: float = 1.0,
+    ) -> TopK:  # [B, T, K]
+        """Return the log-probabilities of given next tokens at every attended position.
+
+        Rows run as in `topk`.
+
+        Args:
+            input_ids, attention_mask, temperature: as in `topk`.
+            ids: int32/int64 [B, T, K], the tokens to score; −1 is an empty slot. Ids where
+                attention_mask is 0 are ignored.
+
+        Returns:
+            TopK on input_ids' device: ids int64 [B, T, K] in the given order, repeats replaced by
+            −1; logprobs fp32 (fp64 from fp64), −inf in empty slots; the exact log_tail [B, T].
+
+        Raises:
+            ValueError or TypeError naming the argument, what was expected and what was passed.
+        """
+        checks.positive("temperature", temperature)
+        rows = read_rows(input_ids, attention_mask, self.reader.vocab)
+        head = self.head
+        check_scored_ids(ids, rows, head.vocab_size)
+        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        answers = TopK.empty(
+            tuple(ids.shape), float(temperature), dtype=dtype, device=input_ids.device
+        )
+        for at, hidden in self.reader.read(rows):
+            hidden = hidden.to(head.weight.device)
+            scored = linear_logprobs_at(
+                hidden,
+                head.weight,
+                ids.flatten(0, 1)[at.to(ids.device)].to(hidden.device),
+                temperature=temperature,
+                impl=self.impl,
+                **head.options(),
+            )
+            answers.put(at, scored)
         return answers
 
     @torch.no_grad()

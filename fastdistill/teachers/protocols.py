@@ -31,6 +31,20 @@ class TopKTeacher(Protocol):
 
 
 @runtime_checkable
+class ScoringTeacher(TopKTeacher, Protocol):
+    """A teacher that also returns the log-probabilities of given next tokens."""
+
+    def logprobs_at(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None,  # (B, T)
+        ids: Tensor,  # (B, T, K), −1 in empty slots
+        *,
+        temperature: float = 1.0,
+    ) -> TopK: ...  # [B, T, K], with log_tail
+
+
+@runtime_checkable
 class DenseTeacher(Protocol):
     """A teacher that returns the hidden states at its head's input, and the head."""
 

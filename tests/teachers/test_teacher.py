@@ -38,6 +38,43 @@ def test_topk_is_that_of_the_full_softmax(temperature):
     assert not answers.logprobs.requires_grad
 
 
+def test_given_ids_are_scored_as_the_full_softmax_has_them():
+    model = llama(7, scale=20.0)
+    teacher = Teacher(model)
+    ids = torch.randint(0, VOCAB, (*IDS.shape, 4), generator=torch.Generator().manual_seed(2))
+    ids[0, 3] = torch.tensor([7, -1, 7, 2])
+    mask = torch.ones_like(IDS)
+    mask[1, 6:] = 0
+    answers = teacher.logprobs_at(IDS, mask, ids, temperature=1.5)
+    assert torch.equal(answers.ids[0, 3], torch.tensor([7, -1, -1, 2]))
+    assert (answers.ids[1, 6:] == -1).all()
+    with torch.no_grad():
+        dense = (model(input_ids=IDS).logits.double() / 1.5).log_softmax(-1)
+    used = answers.ids >= 0
+    expected = dense.gather(-1, answers.ids.clamp(min=0))
+    torch.testing.assert_close(
+        answers.logprobs[used].double(), expected[used], rtol=1e-4, atol=1e-5
+    )
+    rest = dense.exp().scatter(-1, answers.ids.clamp(min=0), 0.0).sum(-1)
+    whole = used.all(-1)
+    tail = present(answers.log_tail).double().exp()
+    torch.testing.assert_close(tail[whole], rest[whole], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        (torch.zeros(3, 11, dtype=torch.long), r"ids: expected shape \[3, 11, 'K'\]"),
+        (torch.full((3, 11, 2), VOCAB), r"ids: expected tokens in 0\.\.52, or −1"),
+        (torch.full((3, 11, 2), -2), "got -2"),
+        (torch.zeros(3, 11, 2), "ids: expected dtype int32, int64"),
+    ],
+)
+def test_ids_to_score_are_checked(ids, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        Teacher(llama(7)).logprobs_at(IDS, None, ids)
+
+
 def test_padding_changes_no_answer():
     teacher = Teacher(llama(7, scale=20.0))
     padded = torch.cat([IDS, torch.zeros(3, 4, dtype=torch.long)], 1)

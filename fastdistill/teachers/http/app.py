@@ -26,6 +26,7 @@ from ..local import Teacher
 from .completion import completion_json
 from .request_guard import Guard, error_response
 from .requests import (
+    MAX_SCORED_IDS,
     Limits,
     Question,
     RequestError,
@@ -40,6 +41,7 @@ from .worker import Full, NotNumbers, RowAnswer, Worker
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN, _BYTES_OVERHEAD = 16, 1 << 16  # of a request's body
+_BYTES_PER_SCORED_ID = 10
 _POLL_SECONDS = 1.0  # seconds between checks that the client is still connected
 _PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # limits for the next piece of a body, and for all of it
 _MAX_WRITERS = 2  # JSON answers that are encoded at a time: each takes some hundred MB
@@ -61,6 +63,7 @@ class Application:
         self._limits = Limits(
             name=name,
             vocab=min(server_info.vocab_size, teacher.reader.vocab),
+            head=server_info.vocab_size,
             max_k=server_info.max_k,
             max_tokens=server_info.max_tokens,
             max_row=None if row_limit is None else row_limit.tokens,
@@ -118,11 +121,13 @@ class Application:
         return JSONResponse(self._entry())
 
     async def topk(self, request: Request) -> Response:
-        question = packed_question(await self._json_body(request), self._limits)
+        ids = min(MAX_SCORED_IDS, 2 * self._limits.max_tokens * self._limits.max_k)
+        body = await self._json_body(request, ids * _BYTES_PER_SCORED_ID)
+        question = packed_question(body, self._limits)
         answers = await self._answers(request, question)
-        body = await run_in_threadpool(_packed, answers)
+        packed = await run_in_threadpool(_packed, answers)
         headers = {TEACHER: self.server_info.digest}
-        return Response(body, media_type="application/octet-stream", headers=headers)
+        return Response(packed, media_type="application/octet-stream", headers=headers)
 
     async def completions(self, request: Request) -> Response:
         completion = completion_question(await self._json_body(request), self._limits)
@@ -138,12 +143,13 @@ class Application:
         if self._token is not None and not hmac.compare_digest(header, self._token):
             raise RequestError(401, "token: expected the one this server was started with", "token")
 
-    async def _json_body(self, request: Request) -> dict[str, Any]:
+    async def _json_body(self, request: Request, more_bytes: int = 0) -> dict[str, Any]:
         self._check_token(request)
         # A web page in a browser can send a form here, but not JSON.
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             raise RequestError(415, "Content-Type: expected application/json")
         limit = self.server_info.max_tokens * _BYTES_PER_TOKEN + _BYTES_OVERHEAD
+        limit += more_bytes
         try:
             body = await _body(request, limit)
         except (TimeoutError, asyncio.TimeoutError):

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from ...hf.positions import RowLimit
-from ...hf.row_reader import read_rows
+from ...hf.row_reader import Rows, read_rows
 from ...hf.tokenizers import tokenizer_fingerprint
 from ...losses.types import TopK
 from ...runtime import backend, checks
 from ...runtime.printable import printable
+from ..scored_ids import check_scored_ids
 from .connection import LARGEST, Connection, Refusal
 from .model_list import Listing, limit_of_vllm
 from .probing import LOGITS, are_logits, is_tempered
+from .requests import MAX_SCORED_IDS
 from .response_checks import WrongAnswer, check_answer
 from .server_info import TEACHER
 from .wire_format import NoPromptLogprobs, read_choices, unpack
@@ -33,10 +35,14 @@ _ENTRY_JSON, _ENTRY_PACKED = 512, 16  # upper bounds for the bytes of one log-pr
 
 
 class _Part(NamedTuple):
-    """Rows of one request, by their index in the batch; `first` among the attended tokens."""
+    """Rows of one request, by their index in the batch; `first` among the attended tokens.
+
+    ids [n, K]: the ids to score at their n tokens; None asks for the k likeliest.
+    """
 
     first: int
     rows: dict[int, list[int]]
+    ids: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -193,21 +199,44 @@ class ServedTeacher:
         checks.positive("temperature", temperature)
         rows = read_rows(input_ids, attention_mask, self.vocab_size or _ANY_ID)
         self._check_k(k)
-        for index, length in enumerate(rows.lengths):
-            if self.row_limit is not None:
-                self.row_limit.check(length, "input_ids", index)
-        parts = self._parts(rows.tokens.tolist(), rows.lengths)
+        parts = self._parts(rows, self.tokens_per_request)
         if temperature != 1.0 and parts:
             self._check_temperature(next(iter(parts[0].rows.values())), temperature)
-        part_answers = self._answer_all(parts, k, temperature)
-        dtype = part_answers[0].logprobs.dtype if part_answers else torch.float32
-        answers = TopK.empty((*rows.shape, k), float(temperature), dtype=dtype)
-        where = rows.where.cpu()
-        for part, answer in zip(parts, part_answers, strict=True):
-            answers.put(where[part.where], answer)
+        answers = self._answer_all(rows, parts, k, temperature)
         if self.valid_vocab is not None:
             answers = answers.within(self.valid_vocab)
         return answers.to(input_ids.device)
+
+    def logprobs_at(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None,  # (B, T)
+        ids: Tensor,  # (B, T, K)
+        *,
+        temperature: float = 1.0,
+    ) -> TopK:  # [B, T, K]
+        """Return the log-probabilities of given next tokens, as `Teacher.logprobs_at` does.
+
+        Only fastdistill serve scores given ids; `check_scores_ids` raises for other servers.
+        """
+        self.check_scores_ids("ids")
+        checks.positive("temperature", temperature)
+        assert self.vocab_size is not None
+        rows = read_rows(input_ids, attention_mask, self.vocab_size)
+        check_scored_ids(ids, rows, self.vocab_size)
+        slots = ids.shape[-1]
+        budget = min(self.tokens_per_request, max(1, MAX_SCORED_IDS // slots))
+        scored = ids.flatten(0, 1)[rows.where.to(ids.device)].cpu().long()
+        parts = self._parts(rows, budget, scored)
+        return self._answer_all(rows, parts, slots, temperature).to(input_ids.device)
+
+    def check_scores_ids(self, name: str) -> None:
+        """Raise ValueError, for the argument `name`, unless the server scores given ids."""
+        if self.server_info is None:
+            raise ValueError(
+                f"{name}: expected a server that scores given ids, got {self.url}, which gives the "
+                "likeliest tokens of its own choice. Serve the model with fastdistill serve"
+            )
 
     def _check_k(self, k: int) -> None:
         vocab = self.vocab_size or _ANY_ID
@@ -216,20 +245,36 @@ class ServedTeacher:
             hint = f"start fastdistill serve with max_k={k}" if max_k < vocab else ""
             checks.fail("k", f"an integer in 1..{min(vocab, max_k)} ({self.url})", repr(k), hint)
 
-    def _parts(self, tokens: list[int], lengths: list[int]) -> list[_Part]:
-        budget = self.tokens_per_request
+    def _parts(self, rows: Rows, budget: int, ids: Tensor | None = None) -> list[_Part]:
+        """Check the lengths of rows, and share them out among requests."""
         if self.server_info is not None:
             budget = min(budget, self.server_info.max_tokens)
+        tokens = rows.tokens.tolist()
         parts: list[_Part] = []
-        for number, (length, last) in enumerate(zip(lengths, accumulate(lengths), strict=True)):
+        ends = accumulate(rows.lengths)
+        for number, (length, last) in enumerate(zip(rows.lengths, ends, strict=True)):
+            if self.row_limit is not None:
+                self.row_limit.check(length, "input_ids", number)
             row = tokens[last - length : last]
             if row and parts and last - parts[-1].first <= budget:
                 parts[-1].rows[number] = row
             elif row:
                 parts.append(_Part(last - length, {number: row}))
-        return parts
+        if ids is None:
+            return parts
+        return [part._replace(ids=ids[part.where]) for part in parts]
 
-    def _answer_all(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
+    def _answer_all(self, rows: Rows, parts: Sequence[_Part], k: int, temperature: float) -> TopK:
+        """Return the answers [B, T, k] to all requests."""
+        part_answers = self._ask_all(parts, k, temperature)
+        dtype = part_answers[0].logprobs.dtype if part_answers else torch.float32
+        answers = TopK.empty((*rows.shape, k), float(temperature), dtype=dtype)
+        where = rows.where.cpu()
+        for part, answer in zip(parts, part_answers, strict=True):
+            answers.put(where[part.where], answer)
+        return answers
+
+    def _ask_all(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
         stop = threading.Event()
         if len(parts) < 2 or self.concurrency == 1:
             return [self._answer(part, k, temperature, stop) for part in parts]
@@ -265,6 +310,8 @@ class ServedTeacher:
         entries = (sum(part.lengths) + len(rows)) * (k + 1)
         if self.server_info is not None:
             payload |= {"prompt": rows, "k": k}
+            if part.ids is not None:
+                payload |= {"k": None, "ids": [x.tolist() for x in part.ids.split(part.lengths)]}
             limit = LARGEST + entries * _ENTRY_PACKED
             reply = self._http.ask("/v1/topk", payload, stop=stop, limit=limit)
             if reply.headers.get(TEACHER) != self.server_info.digest:
@@ -286,7 +333,14 @@ class ServedTeacher:
             except NoPromptLogprobs as error:
                 raise self.listing.without_prompt_logprobs(str(error)) from None
         try:
-            check_answer(answer, k=k, vocab=self.vocab_size, lengths=part.lengths, url=self.url)
+            check_answer(
+                answer,
+                k=k,
+                vocab=self.vocab_size,
+                lengths=part.lengths,
+                url=self.url,
+                scored=part.ids,
+            )
         except WrongAnswer as error:
             hint = f". {LOGITS}" if self.server_info is None and are_logits(answer) else ""
             raise WrongAnswer(f"{error}{hint}") from None

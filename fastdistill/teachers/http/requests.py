@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from ...runtime.printable import printable
 
+MAX_SCORED_IDS = 1 << 21  # in one request: about 16 MB of text
 MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
 _TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers
 _COMMON = frozenset(("model", "prompt", "temperature"))
-_TOPK = _COMMON | {"k"}
+_TOPK = _COMMON | {"k", "ids"}
 _COMPLETION = _COMMON | {"max_tokens", "prompt_logprobs", "logprobs", "echo", "seed", "user"}
 # Values that do not change an answer of at most one token, the likeliest.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -67,19 +68,30 @@ class RequestError(Exception):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     name: str  # of the model
-    vocab: int
+    vocab: int  # ids that the model reads
+    head: int  # ids that it predicts
     max_k: int
     max_tokens: int  # in all rows of a request
     max_row: int | None  # in one row; the model's limit
 
 
 class Question(NamedTuple):
-    """`own_tokens`: whether the log-probabilities of each row's own tokens are needed."""
+    """What to answer at every token of some rows.
+
+    own_tokens: whether the log-probabilities of each row's own tokens are needed.
+    ids: k next tokens to score at each token, by row; None asks for the k likeliest.
+    """
 
     rows: list[list[int]]
     k: int
     temperature: float
     own_tokens: bool
+    ids: list[list[list[int]]] | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Questions of one kind can be answered in one batch."""
+        return self.k, self.temperature, self.own_tokens, self.ids is None
 
     @property
     def tokens(self) -> int:
@@ -103,8 +115,13 @@ class Completion(NamedTuple):
 def packed_question(body: dict[str, Any], limits: Limits) -> Question:
     check_model(body.get("model"), limits.name)
     _check_fields(body, _TOPK)
-    k = _count(body, "k", limits, 1)
-    return Question(_rows(body, limits), k, _temperature(body), False)
+    rows, T = _rows(body, limits), _temperature(body)
+    if body.get("ids") is None:
+        return Question(rows, _count(body, "k", limits, 1), T, False)
+    if body.get("k") is not None:
+        _fail("k", "none with ids, which are scored instead of the likeliest", body["k"])
+    ids = _scored_ids(body["ids"], rows, limits)
+    return Question(rows, len(ids[0][0]), T, False, ids)
 
 
 def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
@@ -204,6 +221,32 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
             if type(token) is not int or not 0 <= token < limits.vocab:
                 _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token)
     return rows
+
+
+def _scored_ids(ids: Any, rows: list[list[int]], limits: Limits) -> list[list[list[int]]]:
+    if not isinstance(ids, list) or len(ids) != len(rows):
+        _fail("ids", f"a list of {len(rows)} rows, as prompt has", ids)
+    slots = None
+    for index, (row, of_row) in enumerate(zip(rows, ids, strict=True)):
+        if not isinstance(of_row, list) or len(of_row) != len(row):
+            _fail("ids", f"{len(row)} lists of ids in row {index}, one for each token", of_row)
+        for position, of_token in enumerate(of_row):
+            where = f"row {index}, position {position}"
+            if not isinstance(of_token, list) or not of_token:
+                _fail("ids", f"a list of at least one id at {where}", of_token)
+            slots = len(of_token) if slots is None else slots
+            if len(of_token) != slots or slots > limits.head:
+                expected = f"equally many ids for every token, at most {limits.head}"
+                _fail("ids", expected, f"{len(of_token)} at {where}")
+            for token in of_token:
+                if type(token) is not int or not -1 <= token < limits.head:
+                    expected = f"token ids in 0..{limits.head - 1}, or −1 for an empty slot"
+                    _fail("ids", expected, token)
+    total = sum(map(len, rows)) * (slots or 0)
+    if total > MAX_SCORED_IDS:
+        message = f"ids: expected at most {MAX_SCORED_IDS} in a request, got {total}"
+        raise RequestError(413, f"{message}. Send fewer rows, or fewer ids for each token", "ids")
+    return ids
 
 
 def _fail(field: str, expected: str, got: Any) -> NoReturn:

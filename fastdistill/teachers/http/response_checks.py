@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ...losses.types import TopK
 
@@ -19,12 +21,24 @@ def check_answer(
     vocab: int | None,
     lengths: Sequence[int],
     url: str,
+    scored: Tensor | None = None,  # [N, K]
 ) -> None:
-    """Raise WrongAnswer, with the row of the request and the position, if an answer is invalid."""
+    """Raise WrongAnswer, with the row of the request and the position, if an answer is invalid.
+
+    With `scored`, the answer is about these ids; otherwise it has the k likeliest.
+    """
     shape = find_shape_error(answer, (sum(lengths),), k, exactly=True)
     if shape is not None:
         raise WrongAnswer(f"{url}: {shape}")
-    wrong = find_invalid(answer, AnswerRules(vocab=vocab, empty=False, ranked=True))
+    likeliest = scored is None
+    if scored is not None:
+        other = ((answer.ids != scored) & (answer.ids >= 0)).any(-1)
+        if other.any():
+            row, position = row_and_position(lengths, int(other.int().argmax()))
+            where = f"{url}: row {row}, position {position}"
+            raise WrongAnswer(f"{where}: expected the ids of the request, got others")
+    rules = AnswerRules(vocab=vocab, empty=not likeliest, ranked=likeliest, nothing=not likeliest)
+    wrong = find_invalid(answer, rules)
     if wrong is not None:
         row, position = row_and_position(lengths, wrong.at)
         raise WrongAnswer(f"{url}: row {row}, position {position}: {wrong}")

@@ -5,7 +5,9 @@ JSON     POST /v1/completions, as in vLLM: choices[i].prompt_logprobs[t + 1] is
          and token t + 1 if it is none of them; entry 0 is null, and −inf is written as −9999.
 packed   POST /v1/topk {"model", "prompt": [[id, …], …], "k", "temperature"}: safetensors with ids
          int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. It has a
-         ninth of the JSON's size, is exact, and includes the tail.
+         ninth of the JSON's size, is exact, and includes the tail. With "ids" [[[id, …], …], …]
+         instead of "k", the answers are about these ids, of each token of each row: −1 is an empty
+         slot, and repeats become one.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class _Waiting(NamedTuple):
 
 
 class Worker:
-    """Answers questions in order, batched with later ones of the same k and temperature.
+    """Answers questions in order, batched with later ones of the same kind.
 
     Args:
         teacher: used by one thread only.
@@ -101,7 +101,7 @@ class Worker:
             batch = [self._queue.popleft()]
             size = batch[0].question.tokens
             for other in list(self._queue):
-                alike = other.question[1:] == batch[0].question[1:]
+                alike = other.question.kind == batch[0].question.kind
                 if alike and size + other.question.tokens <= _TOKENS:
                     size += other.question.tokens
                     batch.append(other)
@@ -110,8 +110,9 @@ class Worker:
 
     def _serve(self, batch: list[_Waiting]) -> None:
         rows = [row for waiting in batch for row in waiting.question.rows]
+        scored = [ids for waiting in batch for ids in waiting.question.ids or ()]
         try:
-            answers = self._answers(rows, batch[0].question)
+            answers = self._answers(rows, scored, batch[0].question)
         except Exception as error:
             if len(batch) > 1:  # one of them may be the reason
                 for waiting in batch:
@@ -125,14 +126,21 @@ class Worker:
             waiting.future.set_result(answers[: len(waiting.question.rows)])
             answers = answers[len(waiting.question.rows) :]
 
-    def _answers(self, rows: list[list[int]], question: Question) -> list[RowAnswer]:
+    def _answers(
+        self, rows: list[list[int]], scored: list[list[list[int]]], question: Question
+    ) -> list[RowAnswer]:
         by_row: dict[int, RowAnswer] = {}
         for group in groups([len(row) for row in rows], _TOKENS, False, float("inf")):
             group.sort()
             tokens = [torch.tensor(rows[i]) for i in group]
             ids = pad_sequence(tokens, batch_first=True)
             mask = pad_sequence([torch.ones_like(t).bool() for t in tokens], batch_first=True)
-            best = self._teacher.topk(ids, mask, k=question.k, temperature=question.temperature)
+            T = question.temperature
+            if question.ids is None:
+                best = self._teacher.topk(ids, mask, k=question.k, temperature=T)
+            else:
+                slots = pad_sequence([torch.tensor(scored[i]) for i in group], batch_first=True)
+                best = self._teacher.logprobs_at(ids, mask, slots, temperature=T)
             assert best.log_tail is not None
             if (best.logprobs.isnan().any(-1) | best.log_tail.isnan())[mask].any():
                 raise NotNumbers(

@@ -50,6 +50,51 @@ def batch():
     return ids, mask
 
 
+def candidates(ids):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(-1, VOCAB, (*ids.shape, 6), generator=generator)
+
+
+@pytest.mark.parametrize("tokens_per_request", [None, 20])
+def test_given_ids_are_scored_with_the_same_bits(teacher, url, batch, tokens_per_request):
+    ids, mask = batch
+    scored = candidates(ids)
+    served = ServedTeacher(url, tokens_per_request=tokens_per_request, concurrency=1)
+    parts = [slice(None)] if tokens_per_request is None else [slice(b, b + 1) for b in range(8)]
+    for part in parts:  # a request of its own for each row: as the server groups them
+        at_home = teacher.logprobs_at(ids[part], mask[part], scored[part], temperature=1.5)
+        away = served.logprobs_at(ids[part], mask[part], scored[part], temperature=1.5)
+        for name in ("ids", "logprobs", "log_tail"):
+            assert torch.equal(getattr(at_home, name), getattr(away, name)), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"ids": [[[1, 2], [3, 4]]]}, "3 lists of ids in row 0"),
+        ({"ids": [[[1], [2], [VOCAB]]]}, f"token ids in 0..{VOCAB - 1}"),
+        ({"ids": [[[1], [2], [True]]]}, "token ids"),
+        ({"ids": [[[1], [2, 3], [4]]]}, "equally many ids for every token"),
+        ({"ids": [[[], [], []]]}, "at least one id at row 0, position 0"),
+        ({"ids": 3}, "a list of 1 rows"),
+        ({"ids": [[[1], [2], [3]]], "k": 4}, "k: expected none with ids"),
+    ],
+)
+def test_a_request_with_wrong_ids_is_refused(url, changes, error):
+    status, body, _ = post(url, "/v1/topk", {"prompt": [[5, 9, 14]], **changes})
+    assert status == 400
+    assert error in json.loads(body)["error"]["message"]
+
+
+def test_vllm_is_refused_where_ids_are_to_be_scored(tmp_path):
+    with vllm(peaked()) as server:
+        served = ServedTeacher(server.url)
+        with pytest.raises(ValueError, match="expected a server that scores given ids"):
+            served.logprobs_at(torch.tensor([[5, 9]]), None, torch.tensor([[[1], [2]]]))
+        with pytest.raises(ValueError, match="support: expected a server that scores given ids"):
+            build(tmp_path, teacher=served, support="student", divergence="reverse_kl")
+
+
 def post(url, path, body, **headers):
     """(status, body, headers) without our client."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
