@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.token_loss import TAILS
 from ..losses.arguments import check_divergence
+from ..losses.support import SUPPORTS
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
 from ..runtime.json_text import parse_json
@@ -36,6 +37,9 @@ class DistillConfig(TrainingArguments):
     Args:
         k: number of the teacher's most likely tokens to compare at each position. None compares
             the whole vocabulary and needs a teacher with hidden states and a head.
+        support: whose k most likely tokens these are: "teacher", "student", or "union", the tokens
+            of both. The teacher scores the student's tokens: a model or a server of `fastdistill
+            serve` can, a cache cannot. Use "student" or "union" for the reverse KL and the JSD.
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
         beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
         tail: treatment of the probability outside the k tokens; "bucket" compares it as one
@@ -101,6 +105,7 @@ class DistillConfig(TrainingArguments):
     ]
 
     k: int | None = 64
+    support: str = "teacher"
     divergence: str = "forward_kl"
     beta: float = 0.5
     skew: float = 0.1
@@ -152,6 +157,10 @@ class DistillConfig(TrainingArguments):
         checks.integer("max_new_tokens", self.max_new_tokens, 1)
         checks.choice("divergence", self.divergence, DIVERGENCES)
         checks.choice("tail", self.tail, TAILS)
+        checks.choice("support", self.support, SUPPORTS)
+        if self.k is None and self.support != "teacher":
+            hint = "k=None compares the whole vocabulary"
+            checks.fail("support", "'teacher' with k=None", repr(self.support), hint)
         checks.choice("backward", self.backward, ("auto", "fused", "recompute"))
         checks.choice("nonfinite", self.nonfinite, ("stop", "skip"))
         checks.choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto", None))

@@ -2,8 +2,9 @@
 
     N targets · H hidden size · V vocabulary · K teacher tokens · B sequences
 
-The teacher's answers are its top K; or its hidden states and head, for a divergence over the whole
-vocabulary; or None, for the labels alone. Every function returns sums over targets. The trainer
+The teacher's answers are its top K; or a teacher that scores any ids, for a divergence over the
+whole vocabulary (TeacherHidden) or on a support that the student chooses; or None, for the labels
+alone. Every function returns sums over targets. The trainer
 divides them once by the number of targets in the whole accumulated batch.
 """
 
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from ..hf.lm_head import LMHead
 from ..kernels.token_loss import LossOptions
+from ..losses.answer_checks import AnswerMonitor, AnswerRules, find_shape_error
 from ..losses.arguments import Reduction
 from ..losses.dense import distill_dense
-from ..losses.linear_head import linear_topk
+from ..losses.linear_head import linear_logprobs_at, linear_topk
 from ..losses.scores import token_scores
+from ..losses.support import answers_on
 from ..losses.topk import distill_topk
 from ..losses.types import TokenScores, TopK
+from ..teachers.protocols import ScoringTeacher
 from .config import DistillConfig
 from .histograms import histograms
 from .targets import Targets
@@ -50,8 +54,53 @@ class TeacherHidden(NamedTuple):
             self.hidden, self.head.weight, k, temperature=temperature, impl=impl, **options
         )
 
+    def logprobs_at(self, ids: Tensor, temperature: float, impl: str) -> TopK:
+        options = self.head.options()
+        return linear_logprobs_at(
+            self.hidden, self.head.weight, ids, temperature=temperature, impl=impl, **options
+        )
 
-Answers = TopK | TeacherHidden | None  # of N targets; None for the labels alone
+
+class ScoringAnswers(NamedTuple):
+    """A teacher that scores any ids at the targets of a batch, for example in a server."""
+
+    teacher: ScoringTeacher
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    targets: Targets
+    monitor: AnswerMonitor
+
+    def at(self, indices: Tensor) -> ScoringAnswers:
+        return self._replace(targets=self.targets.take(indices))
+
+    def topk(self, k: int, temperature: float, impl: str) -> TopK:
+        answers = self.teacher.topk(
+            self.input_ids, self.attention_mask, k=k, temperature=temperature
+        )
+        return self._checked(answers, k)
+
+    def logprobs_at(self, ids: Tensor, temperature: float, impl: str) -> TopK:
+        B, T = self.targets.shape
+        slots = ids.new_full((B * T, ids.shape[-1]), -1)
+        slots[self.targets.sources] = ids
+        answers = self.teacher.logprobs_at(
+            self.input_ids, self.attention_mask, slots.view(B, T, -1), temperature=temperature
+        )
+        return self._checked(answers, ids.shape[-1])
+
+    def _checked(self, answers: TopK, slots: int) -> TopK:
+        problem = find_shape_error(answers, self.targets.shape, slots)
+        if problem is not None:
+            raise ValueError(f"teacher: {problem}")
+        at_targets = self.targets.gather_topk(answers.to(self.input_ids.device))
+        positions = self.targets.sources % self.targets.shape[1]
+        rules = AnswerRules(nothing=True)
+        self.monitor.check(at_targets, self.targets.rows, positions, rules)
+        return at_targets
+
+
+# Of N targets; None for the labels alone.
+Answers = TopK | TeacherHidden | ScoringAnswers | None
 
 
 class LossResult(NamedTuple):
@@ -94,20 +143,41 @@ class Loss:
             sums["selected"] = _count(indices)
             hidden, targets, weights = hidden[indices], targets.take(indices), weights[indices]
             answers = None if answers is None else answers.at(indices)
-        options, reduction = (
-            self._options(answers, labels_count),
-            Reduction(targets.labels, weights, kind="sum"),
-        )
-        if isinstance(answers, TeacherHidden):
-            loss = distill_dense(hidden, head, answers.hidden, answers.head, options, reduction)
+        compared = self._on_support(hidden, head, answers)
+        options = self._options(compared, labels_count)
+        reduction = Reduction(targets.labels, weights, kind="sum")
+        if isinstance(compared, TeacherHidden):
+            loss = distill_dense(hidden, head, compared.hidden, compared.head, options, reduction)
             return LossResult(loss, None, sums | {"loss": loss.detach().float()})
-        teacher = _empty_topk(targets.labels) if answers is None else answers
+        teacher = _empty_topk(targets.labels) if compared is None else compared
         out = distill_topk(hidden, head, teacher, options, reduction)
         sums["loss"] = out.loss.detach().float()
-        for name in ("nll",) if answers is None else _LOGGED_SUMS:
+        for name in ("nll",) if compared is None else _LOGGED_SUMS:
             if (statistic := getattr(out, name)) is not None:
                 sums[name] = statistic.float().sum()
         return LossResult(out.loss, out.per_token, sums)
+
+    def _on_support(
+        self, hidden: Tensor, head: LMHead, answers: Answers
+    ) -> TopK | TeacherHidden | None:
+        """Return answers at the ids that the loss compares; they depend on the student's top k."""
+        config, impl, T = self.config, self.config.impl, self.config.temperature
+        k = config.k
+        if answers is None or isinstance(answers, TopK):
+            return answers
+        if k is None:
+            assert isinstance(answers, TeacherHidden)
+            return answers
+        with torch.no_grad():
+            whole = head.whole()
+            return answers_on(
+                config.support,
+                teacher_topk=lambda: answers.topk(k, T, impl),
+                student_topk=lambda: linear_topk(
+                    hidden, whole.weight, k, temperature=T, impl=impl, **whole.options()
+                ),
+                logprobs_at=lambda ids: answers.logprobs_at(ids, T, impl),
+            )
 
     def _weights(self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers) -> Tensor:
         assert self.selection is not None
@@ -118,9 +188,10 @@ class Loss:
         return weights_of(rule, scores, targets)
 
     def _topk(self, answers: Answers) -> TopK | None:
-        if isinstance(answers, TeacherHidden):
-            return answers.topk(SCORING_TOPK, self.config.temperature, self.config.impl)
-        return answers
+        if answers is None or isinstance(answers, TopK):
+            return answers
+        k = self.config.k or SCORING_TOPK
+        return answers.topk(k, self.config.temperature, self.config.impl)
 
     def _scores(
         self, hidden: Tensor, head: LMHead, labels: Tensor, teacher: TopK | None
@@ -165,13 +236,14 @@ class Loss:
         and both masses on its K. Columns that need a teacher are NaN without one.
         """
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
-        options = self._options(answers)._replace(backward="auto")
-        per_token = _per_token(hidden, head, labels, answers, options)
+        compared = self._on_support(hidden, head, answers)
+        options = self._options(compared)._replace(backward="auto")
+        per_token = _per_token(hidden, head, labels, compared, options)
         scores = self._scores(hidden, head, labels, topk)
         kl = scores.forward_kl
-        if isinstance(answers, TeacherHidden):
+        if isinstance(compared, TeacherHidden):
             kl_alone = LossOptions(temperature=options.temperature, impl=options.impl)
-            kl = _per_token(hidden, head, labels, answers, kl_alone)
+            kl = _per_token(hidden, head, labels, compared, kl_alone)
         columns: dict[str, Tensor | None] = {
             "tokens": torch.ones_like(scores.lse),
             "loss": per_token,
@@ -193,7 +265,11 @@ class Loss:
 
 
 def _per_token(
-    hidden: Tensor, head: LMHead, labels: Tensor, answers: Answers, options: LossOptions
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    answers: TopK | TeacherHidden | None,
+    options: LossOptions,
 ) -> Tensor:
     reduction = Reduction(labels, kind="none")
     if isinstance(answers, TeacherHidden):

@@ -13,10 +13,11 @@ from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.local import Teacher
+from ..teachers.protocols import DenseTeacher
 from .cached_answers import answers_from_batch
 from .checks.signal import check_alignment
 from .config import DistillConfig
-from .loss import Answers, TeacherHidden
+from .loss import Answers, ScoringAnswers, TeacherHidden
 from .targets import Targets, targets_of
 
 
@@ -44,7 +45,11 @@ def get_answers(
         return targets, None
     monitor = AnswerMonitor() if monitor is None else monitor
     positions = targets.sources % targets.shape[1]
-    if config.k is None:
+    by_student = config.support != "teacher" and len(targets.labels) > 0
+    if by_student and not isinstance(teacher, DenseTeacher):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return targets, ScoringAnswers(teacher, ids, mask, targets, monitor)
+    if config.k is None or by_student:
         dense = _teacher_hidden(teacher, batch, targets)
         monitor.check_hidden(dense.hidden, targets.rows, positions)
         return targets, dense

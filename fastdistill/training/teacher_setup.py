@@ -18,7 +18,7 @@ from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
 from ..teachers.local import Teacher, load_teacher
-from ..teachers.protocols import DenseTeacher, TopKTeacher
+from ..teachers.protocols import DenseTeacher, ScoringTeacher, TopKTeacher
 from .cached_answers import check_cache_settings
 from .checks.shared_storage import models_in, shared_parameters
 from .config import DistillConfig
@@ -103,6 +103,8 @@ def check_fit(
             "teacher: expected a model, a path, or an object with topk(input_ids, attention_mask, "
             f"*, k, temperature), got {kind}"
         )
+    if config.support != "teacher" and not is_spec:
+        _check_scores_ids(teacher)
     if isinstance(teacher, TeacherCache):
         check_cache_settings(teacher, config, processing_class)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
@@ -113,6 +115,24 @@ def check_fit(
         hint = "k=None compares the whole vocabulary"
         checks.fail("k", f"at most the vocabulary's {rows} tokens", config.k, hint)
     return vocab
+
+
+def _check_scores_ids(teacher: Any) -> None:
+    """Raise ValueError or TypeError unless the teacher scores the ids that a student chooses."""
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_scores_ids("support")
+    elif isinstance(teacher, TeacherCache):
+        raise ValueError(
+            f"support: expected 'teacher' with the cache {teacher.path}, whose answers are fixed "
+            "before the student exists. Use the model or a server of fastdistill serve, or the "
+            "forward KL, whose large terms are on the teacher's tokens"
+        )
+    elif not isinstance(teacher, (DenseTeacher, ScoringTeacher)):
+        raise TypeError(
+            "teacher: expected a model, or an object with logprobs_at(input_ids, attention_mask, "
+            f"ids, *, temperature), with a support that is not 'teacher', got "
+            f"{type(teacher).__name__}"
+        )
 
 
 def check_own_weights(teacher: Any, student: nn.Module) -> None:

@@ -41,7 +41,7 @@ from .logs.first_batch import Panel, first_batch
 from .logs.metrics import clamp_to_one, means, one_per_group, summarize
 from .logs.model_card import has_other_readme, write_card
 from .logs.run_log import RunLog
-from .loss import Answers, Loss, LossResult, TeacherHidden
+from .loss import Answers, Loss, LossResult, ScoringAnswers, TeacherHidden
 from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
 from .student import (
@@ -302,7 +302,7 @@ class DistillTrainer(WholeCheckpoints):
         self,
         loss: Callable[[Tensor, LMHead], LossResult],
         targets: Targets,
-        answers: TopK | TeacherHidden,
+        answers: TopK | TeacherHidden | ScoringAnswers,
         inputs: dict[str, Any],
         hidden: Tensor,
         head: LMHead,

@@ -18,7 +18,7 @@ from ...losses.types import TopK
 from ..checks.signal import Signal, check_teacher_valid, half_batch_shift, mass_of, signal
 from ..config import DistillConfig
 from ..histograms import histograms, sum_histograms
-from ..loss import SCORING_TOPK, TeacherHidden
+from ..loss import SCORING_TOPK, ScoringAnswers, TeacherHidden
 from ..targets import Targets
 
 _DIVERGENCE_TEXT = {
@@ -45,7 +45,8 @@ class Panel:
     """Metrics of the first batch; KL and NLL are means over its target tokens, in nats.
 
     tail: how the loss treats it; None if the loss compares the whole vocabulary, where k is that of
-    the metrics. overlap: share of the teacher's k tokens that are in the student's top k too.
+    the metrics. support: whose top k the loss compares; the metrics are on the teacher's.
+    overlap: share of the teacher's k tokens that are in the student's top k too.
     counts: histograms of the student's token scores, by score (see ../histograms.py).
     """
 
@@ -63,6 +64,7 @@ class Panel:
     kl_shuffled: float
     signal: Signal
     sampled: bool = False
+    support: str = "teacher"
     counts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -83,8 +85,11 @@ class Panel:
 
     def lines(self) -> list[tuple[str, str]]:
         text = "the student's own text" if self.sampled else "the text"
+        of = {"teacher": "", "student": " of the student", "union": " of both"}[self.support]
         compared = (
-            "the whole vocabulary" if self.tail is None else f"top {self.k}; the rest: {self.tail}"
+            "the whole vocabulary"
+            if self.tail is None
+            else f"top {self.k}{of}; the rest: {self.tail}"
         )
         return [
             ("objective", self.objective),
@@ -128,7 +133,7 @@ def first_batch(
     hidden: Tensor,  # (N, H)
     head: LMHead,
     targets: Targets,
-    answers: TopK | TeacherHidden,
+    answers: TopK | TeacherHidden | ScoringAnswers,
     attended: int,
     config: DistillConfig,
     *,
@@ -139,11 +144,10 @@ def first_batch(
 
     With config.check_signal, raises ValueError if the teacher's answers do not depend on the text.
     """
-    is_dense = isinstance(answers, TeacherHidden)
     teacher = (
-        answers.topk(SCORING_TOPK, config.temperature, config.impl)
-        if isinstance(answers, TeacherHidden)
-        else answers
+        answers
+        if isinstance(answers, TopK)
+        else answers.topk(config.k or SCORING_TOPK, config.temperature, config.impl)
     )
     labels, head, k = targets.labels, head.whole(), teacher.ids.shape[-1]
     if config.check_signal:
@@ -172,7 +176,8 @@ def first_batch(
     mass = mass_of(teacher)
     return Panel(
         objective=_objective(config, sampled),
-        tail=None if is_dense else _TAIL_TEXT[config.tail],
+        tail=None if config.k is None else _TAIL_TEXT[config.tail],
+        support=config.support,
         k=k,
         temperature=config.temperature,
         t2=config.temperature**2 if config.t2_scale else 1.0,

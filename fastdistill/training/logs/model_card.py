@@ -106,6 +106,7 @@ def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:
     is_relevant = {
         "beta": config.divergence == "jsd",
         "skew": config.divergence.startswith("skew"),
+        "support": config.support != "teacher",
         "tail": config.k is not None,
         "temperature": True,
         "t2_scale": config.t2_scale,
