@@ -120,9 +120,9 @@ def _sanitizer(checks: tuple[str, ...]) -> list[Step]:
 
     return [
         Step("memcheck", 240, (*tool("memcheck"), *SMALL)),
-        Step("racecheck", 70, (*tool("racecheck", "reduce_slab"), "near_convergence")),
+        Step("racecheck", 70, (*tool("racecheck", "reduce_rows"), "near_convergence")),
         Step("racecheck, stream", 70, (*tool("racecheck", "stream"), "primitive_scores_and_topk")),
-        Step("synccheck", 70, (*tool("synccheck", "reduce_slab"), "near_convergence")),
+        Step("synccheck", 70, (*tool("synccheck", "reduce_rows"), "near_convergence")),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Statistics and gradients of the rows of a slab: the memory and the launches of their kernels."""
+"""Statistics and gradients of rows of logits: the memory and the launches of their kernels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ ROW_TILE = {"BV": 4096, "num_warps": 8}
 # 2048 programs fill any GPU and end within microseconds if there is nothing to do.
 SCALE_TILE = {"BE": 4096, "num_warps": 8}
 SCALE_PROGRAMS = 2048
-# Without this bound ptxas spills two registers to fit one more program.
+# With 16 warps per row, 128 rows keep every multiprocessor reading. Keeping the two largest takes
+# more registers per column: with 4096 columns ptxas would need a stack.
 REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
+REDUCE_COLUMNS = {False: 4096, True: 2048}
 
 
 class Running:
-    """Running statistics of n tokens, updated slab by slab."""
+    """Running statistics of n tokens over any number of slabs of the vocabulary."""
 
     def __init__(
         self,
@@ -40,28 +42,27 @@ class Running:
         self.top = new(n, dtype=head.dtype)
         self.sums = new(moments + 1, n, dtype=head.dtype)
         self.base = base and head.temperature != 1.0
-        self.base_rows = new(2 if self.base else 0, n, dtype=head.dtype)
+        self.base_sum = new(n if self.base else 0, dtype=head.dtype)
         self.best = best
         self.best_u = new(n if best else 0, 2, dtype=head.dtype)
         self.best_id = new(n if best else 0, dtype=torch.int64)
         self.above = torch.zeros_like(self.best_id)
 
     def block(self, rows: slice) -> Callable[[slice, Tensor], None]:
-        """A function (columns, raw products [n, v] of these tokens) that reduces one slab.
+        """A function (columns, raw products [n, v] of these tokens) that reduces them: one launch.
 
-        Slots in the slab become NEG. Arguments that do not change from slab to slab are built once:
-        at small H the host has little more than 50 µs per slab.
+        Slots in them become NEG. Arguments that do not change from slab to slab are built once: the
+        host takes about as long per slab as a small GEMM.
         """
-        S = self.ids.shape[1]
+        S, tile = self.ids.shape[1], REDUCE_COLUMNS[self.best]
         constant = {
             "p_bias": self.head.bias,
             "p_ids": self.ids[rows],
             "p_label_u": None if self.label_u is None else self.label_u[rows],
             "p_u_slots": self.u_slots[rows],
-            "p_max": self.top[rows],
+            "p_top": self.top[rows],
             "p_sums": self.sums[:, rows],
-            "p_base_max": self.base_rows[0, rows] if self.base else None,
-            "p_base_sum": self.base_rows[1, rows] if self.base else None,
+            "p_base_sum": self.base_sum[rows] if self.base else None,
             "p_best": self.best_u[rows] if self.best else None,
             "p_best_id": self.best_id[rows] if self.best else None,
             "p_n_above": self.above[rows] if self.best else None,
@@ -73,19 +74,18 @@ class Running:
             "BEST": self.best,
             "SB": min(SLOT_TILE, next_power_of_2(max(S, 1))),
             **REDUCE_TILE,
+            "BV": max(64, min(tile, next_power_of_2(self.head.vocab_size) // 2)),
         }
 
-        def reduce(at: slice, slab_nv: Tensor) -> None:
-            v = at.stop - at.start
+        def reduce(at: slice, raw_nv: Tensor) -> None:
             launch(
-                "triton_reduce:reduce_slab",
-                (slab_nv.shape[0],),
-                slab_nv,
-                p_slab=slab_nv,
-                ld_slab=slab_nv.stride(0),
-                v=v,
+                "triton_reduce:reduce_rows",
+                (raw_nv.shape[0],),
+                raw_nv,
+                p_raw=raw_nv,
+                ld_raw=raw_nv.stride(0),
+                v=at.stop - at.start,
                 v0=at.start,
-                BV=next_power_of_2(v),
                 **constant,
             )
 
@@ -93,12 +93,11 @@ class Running:
 
     def scanned(self) -> Scanned:
         T = self.head.temperature
-        base = None
-        if self.base:
-            base = RunningLSE(self.base_rows[0], [self.base_rows[1]], 1.0)
+        top = self.top if T == 1.0 else self.top * (1.0 / T)  # rounded as in the kernel
+        base = RunningLSE(self.top, [self.base_sum], 1.0) if self.base else None
         return Scanned(
             self.u_slots,
-            RunningLSE(self.top, list(self.sums), T),
+            RunningLSE(top, list(self.sums), T),
             base,
             Top2(self.best_u, self.best_id, self.above) if self.best else None,
         )

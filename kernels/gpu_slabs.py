@@ -1,7 +1,8 @@
 """Passes over the head in the Triton backend: library GEMMs, Triton kernels between them.
 
-scan         slabs of 2048 tokens × 4096 columns fp32 (32 MiB) stay in L2 between the GEMM that
-             writes them and the reduction that reads them: 2NVH FLOPs, 4 bytes per logit from L2
+scan         one GEMM writes a stored chunk, one reduction reads it: 2NVH FLOPs, 8 bytes per logit.
+             A pass without gradients reuses one slab of at most 2048 tokens: 4096 to 32768 columns
+             (`forward_columns`), 32 MiB of fp32 at H = 4096
 chunk_grads  a stored chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
 recompute    vocabulary slabs outermost, the logits again: 8NVH in all; each dW slab is written
              once, dX is summed in fp32
@@ -34,10 +35,10 @@ from .token_loss import Gathered
 BLOCK_TOKENS = 2048
 RECOMPUTE_BYTES = 64 << 20
 SLAB_COLUMNS = (64, 4096)
-# By compute capability: the largest hidden size at which triton_stream.py beats the slab, from a
-# model (8 bytes of L2 per logit against a GEMM at 0.65 of the library's speed; not measured yet).
-# Below 9 there is no copy engine and descriptors become loads that do not overlap.
-STREAM_UP_TO: dict[int | str, int] = {9: 1024, 10: 1024}
+# A library GEMM of this size takes about 80 µs on an H200 (770 TFLOP/s), longer than the host takes
+# to launch it and the reduction.
+SLAB_FLOPS = 80e-6 * 770e12
+FORWARD_COLUMNS = 32768
 
 
 def slab_columns(vocab: int) -> int:
@@ -46,17 +47,19 @@ def slab_columns(vocab: int) -> int:
     return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
 
 
-def streams(head: LMHead, hidden_nH: Tensor) -> bool:
-    """Whether to stream: a small 16-bit head whose rows the copy engine can address."""
-    if head.weight.element_size() != 2 or hidden_nH.shape[0] == 0:
-        return False
-    H = head.weight.shape[1]
-    if H * 2 % 16 or head.weight.data_ptr() % 16 or hidden_nH.data_ptr() % 16:
-        return False
-    kind: int | str = "interpreted"  # in no table; tests add it
-    if hidden_nH.is_cuda:
-        kind = torch.cuda.get_device_capability(hidden_nH.device)[0]
-    return H <= STREAM_UP_TO.get(kind, 0)
+def forward_columns(vocab: int, hidden_size: int, tokens: int) -> int:
+    """Columns of a slab that no gradient needs: a power of two, the least of SLAB_FLOPS.
+
+    A slab costs 2 · tokens · columns · H FLOPs: at 2048 tokens 4096 columns are enough for
+    H ≥ 3672, and H = 1024 takes 16384: 128 MiB of fp32 instead of 32. There are at least
+    `slab_columns`, and at most half of the vocabulary and FORWARD_COLUMNS.
+    """
+    columns = slab_columns(vocab)
+    while columns < min(FORWARD_COLUMNS, vocab // 4 + 1) and (
+        2 * tokens * columns * hidden_size < SLAB_FLOPS
+    ):
+        columns *= 2
+    return columns
 
 
 def new_logits_buffer(head: LMHead, tokens: int) -> Tensor:
@@ -80,32 +83,24 @@ def scan(
     label_u_n: Tensor | None = None,
     buffer: Tensor | None = None,
 ) -> Scanned:
-    """One pass over the head; a buffer receives the raw products, with NEG in the slots."""
-    n = hidden_nH.shape[0]
-    if buffer is None and streams(head, hidden_nH):
-        from . import triton_stream
+    """One pass over the head; a buffer receives the raw products, with NEG in the slots.
 
-        return triton_stream.scan(
-            head,
-            hidden_nH,
-            ids_nS,
-            moments=moments,
-            base=base,
-            best=best,
-            label_u_n=label_u_n,
-        )
+    With a buffer it is one GEMM and one reduction, else one of each per slab.
+    """
+    n, V = hidden_nH.shape[0], head.vocab_size
     running = Running(head, ids_nS, moments, base, best, label_u_n)
-    columns = slab_columns(head.vocab_size)
-    slab = None
+    if buffer is not None:
+        raw = logits_view(head, buffer, n)
+        product(hidden_nH, head.weight[:V].t(), raw)
+        running.block(slice(0, n))(slice(0, V), raw)
+        return running.scanned()
+    size = min(n, BLOCK_TOKENS)
+    columns = forward_columns(V, hidden_nH.shape[1], size)
+    slab = head.weight.new_empty(size, columns, dtype=head.dtype)
     for rows in blocks(n, BLOCK_TOKENS):
         x, reduce = hidden_nH[rows], running.block(rows)
         for at in vocabulary_slabs(head, columns):
-            if buffer is not None:
-                raw = logits_view(head, buffer, n)[rows, at]
-            else:
-                if slab is None:
-                    slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
-                raw = slab[: x.shape[0], : at.stop - at.start]
+            raw = slab[: x.shape[0], : at.stop - at.start]
             product(x, head.weight[at].t(), raw)
             reduce(at, raw)
     return running.scanned()
@@ -292,8 +287,6 @@ def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tenso
     best = z_nV.topk(k, dim=-1)
     plain = LMHead(head.weight, valid_vocab=head.valid_vocab)
     running = Running(plain, best.indices, 0, False, False, None)
-    reduce = running.block(slice(0, n))
-    for at in vocabulary_slabs(head, slab_columns(head.vocab_size)):
-        reduce(at, z_nV[:, at])
+    running.block(slice(0, n))(slice(0, head.vocab_size), z_nV)
     rest: RunningLSE = running.scanned().rest
     return best.values, best.indices, rest.lse()

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastdistill as fd
 from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
+from fastdistill.kernels.gpu_slabs import forward_columns
 from fastdistill.kernels.head import LMHead
 from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
     NEED,
@@ -40,20 +41,24 @@ def scoring(e, h, x, t, coef):
     return ()
 
 
-# MB beyond the gradients themselves, and GEMM passes in NVH.
+# MB beyond the gradients themselves, GEMM passes in NVH, and reductions: one per stored chunk (of
+# both heads for dense), or one per slab of 2048 tokens × 4096 columns.
+SLABS = 4 * 32
+
+
 @pytest.mark.parametrize(
-    ("run", "limit_mb", "passes"),
+    ("run", "limit_mb", "passes", "reductions"),
     [
-        (fused, 1102, 6),
-        (recompute, 159, 8),
-        (rows_alone, 37, 0),
-        (scoring, 64 * 1.048576, 2),
-        (streamed_topk, 545, 2),
-        (dense, 2170, 8),
+        (fused, 1102, 6, 4),
+        (recompute, 159, 8, SLABS),
+        (rows_alone, 37, 0, 0),
+        (scoring, 64 * 1.048576, 2, SLABS),
+        (streamed_topk, 545, 2, 8),
+        (dense, 2170, 8, 2 * 8),
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )
-def test_at_full_size(counted, run, limit_mb, passes):  # noqa: F811
+def test_at_full_size(counted, run, limit_mb, passes, reductions):  # noqa: F811
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(N, H, dtype=torch.bfloat16)
         w = torch.empty(V, H, dtype=torch.bfloat16)
@@ -65,7 +70,23 @@ def test_at_full_size(counted, run, limit_mb, passes):  # noqa: F811
     assert (alive.peak - returned) / 1e6 < limit_mb
     flops, launches = counted
     assert sum(flops) == passes * NVH
-    assert launches
+    assert launches.count("triton_reduce:reduce_rows") == reductions
+
+
+@pytest.mark.parametrize(
+    ("vocab", "hidden", "tokens", "columns"),
+    [
+        (151936, 4096, 2048, 4096),
+        (151936, 2048, 2048, 8192),
+        (151936, 1024, 2048, 16384),
+        (151936, 1024, 512, 32768),
+        (32000, 64, 2048, 8192),  # half of the vocabulary: a slab never holds all of it
+        (211, 40, 20, 64),
+    ],
+)
+def test_columns_of_a_slab_without_gradients(vocab, hidden, tokens, columns):
+    """The fewest that keep the GEMM of a slab at 80 µs, so that the host stays ahead."""
+    assert forward_columns(vocab, hidden, tokens) == columns
 
 
 def test_a_host_read_would_be_seen():

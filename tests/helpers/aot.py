@@ -101,24 +101,21 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
             kernel = jitted(name)
             seen.setdefault((kernel.__name__, describe(kernel, options)), (kernel, options))
 
-    from fastdistill.kernels import gpu_slabs, triton_filter, triton_quant, triton_stream
+    from fastdistill.kernels import triton_filter, triton_quant
     from fastdistill.kernels.backends import get_backend
     from fastdistill.kernels.gpu_launch import jitted
 
     get_backend("triton")
 
     gpu = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.gpu_")]
-    for module in (*gpu, triton_filter, triton_quant, triton_stream):
+    for module in (*gpu, triton_filter, triton_quant):
         vars(module)["launch"] = launch
     run_everything()
-    gpu_slabs.STREAM_UP_TO["interpreted"] = 10**6
-    run_streamed()
     run_quantised(triton_quant)
     return [
         compiled(kernel, target, pretend, options)
         for kernel, options in seen.values()
         for target in targets
-        if kernel.__name__ != "stream" or target // 10 in gpu_slabs.STREAM_UP_TO
     ]
 
 
@@ -163,23 +160,6 @@ def run_everything() -> None:
             fd.linear_distill_loss(
                 x, w, x, w, divergence=lambda lp, lq: (lp - lq).square().sum(-1), **options
             ).backward()
-
-
-def run_streamed() -> None:
-    """The small heads' pass, as the primitive and as the scores ask for it."""
-    import fastdistill as fd
-
-    for dtype in (torch.bfloat16, torch.float16):
-        x, w = torch.zeros(256, 1024, dtype=dtype), torch.zeros(16384, 1024, dtype=dtype)
-        ids = torch.arange(64).expand(256, 64).contiguous()
-        labels = torch.zeros(256, dtype=torch.int64)
-        b = torch.zeros(16384, dtype=dtype)
-        shaped: dict[str, Any] = {"bias": b, "softcap": 30.0, "temperature": 2.0}
-        for options in ({}, shaped):
-            for entropy in (False, True):
-                fd.linear_lse_gather(x, w, ids, with_entropy=entropy, impl="triton", **options)
-            fd.token_scores(x, w, labels=labels, impl="triton", **options)
-            fd.token_scores(x, w, impl="triton", **options)
 
 
 def run_quantised(kernels: Any) -> None:

@@ -88,7 +88,7 @@ def near_convergence():
 
 def primitive_scores_and_topk():
     for dtype in DTYPES:
-        for H in (64, 1024):  # streamed and by slabs, where the device streams
+        for H in (64, 1024):
             c = on_gpu(case(dtype, N=300, H=H, V=5003))
             teacher = top_k(c.teacher_logits, 6, 1.5)
             ids = torch.randint(5003, (300, 70), device=DEVICE)

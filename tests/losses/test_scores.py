@@ -68,6 +68,13 @@ def test_equal_distributions_score_zero():
     torch.testing.assert_close(result.teacher_mass, result.student_mass)
 
 
+def test_of_equal_logits_the_smallest_id_is_the_argmax():
+    w = torch.ones(300, 4)
+    w[[130, 133, 290]] = 2
+    result = fd.token_scores(torch.ones(1, 4), w)
+    assert (result.argmax.item(), result.margin.item()) == (130, 0)
+
+
 def test_uniform_row_has_no_varentropy():
     x, w = torch.zeros(1, 4), torch.randn(1000, 4)
     result = fd.token_scores(x, w)
