@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-library = torch.library.Library("fastdistill", "FRAGMENT")
+from .namespace import NAMESPACE
+
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # the Python function of each operator
 
 # The scalars of an LM head and of a loss, in the schemas of the operators.
@@ -24,7 +26,7 @@ LOSS = (
 
 
 def define_operator(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define the operator fastdistill::`schema` and return it.
+    """Define the operator NAMESPACE::`schema` and return it.
 
     torch.library.custom_op does the same, but its first call imports torch._dynamo, which takes
     seconds.
@@ -37,9 +39,9 @@ def define_operator(schema: str, body: Callable[..., Any], fake: Callable[..., A
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _skip_tracing(body)
     library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdistill::{name}", fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     BODIES[name] = body
-    return getattr(torch.ops.fastdistill, name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _skip_tracing(body: Callable[..., Any]) -> None:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from .head import blocks
+from .namespace import NAMESPACE
 from .token_loss import ABSENT, NEG
 
 _AT_ONCE = 8 << 20  # bytes of exponentials that logsumexp stores
 
-library = torch.library.Library("fastdistill", "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 library.define("row_topk(Tensor(a!) z, int k) -> (Tensor values, Tensor ids, Tensor lse_rest)")
 
 
 def row_topk(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(values [n, k], ids int64 [n, k], lse_rest [n]) in z's type; z may be overwritten."""
-    values, ids, lse_rest = torch.ops.fastdistill.row_topk(z_nV, k)
+    values, ids, lse_rest = getattr(torch.ops, NAMESPACE).row_topk(z_nV, k)
     return values, ids, lse_rest
 
 
@@ -41,7 +42,7 @@ def by_sorting(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 library.impl("row_topk", by_sorting, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastdistill::row_topk", lib=library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake(f"{NAMESPACE}::row_topk", lib=library)  # type: ignore[untyped-decorator]
 def _(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values = z.new_empty(z.shape[0], k)
     return values, torch.empty_like(values, dtype=torch.int64), z.new_empty(z.shape[0])

@@ -120,16 +120,17 @@ def versions() -> dict[str, str]:
 @functools.cache
 def extension() -> Any | None:
     """The compiled module `fastdistill.runtime._ext`; None if not built or FASTDISTILL_NO_EXT=1."""
-    return _compiled("fastdistill.runtime._ext")
+    return _compiled("_ext")
 
 
 @functools.cache
 def cuda_extension() -> Any | None:
     """The CUDA module `fastdistill.runtime._cuda`, under the same conditions."""
-    return _compiled("fastdistill.runtime._cuda")
+    return _compiled("_cuda")
 
 
-def _compiled(name: str) -> Any | None:
+def _compiled(module: str) -> Any | None:
+    name = f"{__package__}.{module}"
     off = os.environ.get("FASTDISTILL_NO_EXT") == "1"
     if off or importlib.util.find_spec(name) is None:
         return None
