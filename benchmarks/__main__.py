@@ -3,6 +3,7 @@
 A name is an op (measured at --shape, --tokens and --k), a suite with its own shapes, or a study
 (such as gradient_error). The default is sparse_loss and gradient_error, for the README.
 `plot` measures nothing: it draws the README's picture, docs/pictures/loss.svg, from the results.
+`predict` measures nothing: it prints what the losses should take on a GPU that nobody measured yet.
 """
 
 from __future__ import annotations
@@ -90,6 +91,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         return 0
     if args.names == ["plot"]:
         return _plot()
+    if args.names == ["predict"]:
+        from .predict import report
+
+        print(report(args.json))
+        return 0
     known = {*OPS, *SUITES, *STUDIES}
     names = list(dict.fromkeys(args.names or DEFAULT))
     for name in names:
@@ -120,7 +126,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
             print(show(measured.rows), end="\n\n")
     if args.json:
         document = {
-            "rows": [asdict(row) for row in all_rows],
+            "rows": rows.records(all_rows),
             "refused": refused,
             "not_run": not_run,
         }

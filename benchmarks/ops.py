@@ -48,6 +48,11 @@ def _scoring(d: Data, **options: Any) -> Any:
     return scores._asdict()
 
 
+def _lse_gather(d: Data, **options: Any) -> Any:
+    assert d.teacher is not None
+    return fd.linear_lse_gather(d.hidden, d.weight, d.teacher.ids, **options)._asdict()
+
+
 def _linear_topk(d: Data, **options: Any) -> Any:
     assert d.teacher is not None
     best = fd.linear_topk(d.hidden, d.weight, d.teacher.ids.shape[-1], **options)
@@ -71,7 +76,7 @@ def ours(
             if impl == "triton" and not d.hidden.is_cuda:
                 raise Missing("triton: needs a GPU; its interpreter on a CPU says nothing of speed")
             try:
-                resolve_impl(impl)
+                resolve_impl(impl, d.hidden.device)
             except ValueError as error:
                 raise Missing(str(error)) from None
             return compute(d, **options)
@@ -116,6 +121,17 @@ _dense_bytes = functools.partial(_scan_bytes, times=3)
 BACKWARD = {"fused": 6.0, "recompute": 8.0}
 _kl = functools.partial(_dense, divergence="forward_kl")
 _jsd = functools.partial(_dense, divergence="jsd")
+
+# Measured as a part of the loss; predicted on its own.
+lse_gather = Op(
+    "logits of K tokens and the log-sum-exp of the others; no gradient",
+    "forward",
+    data.sparse,
+    truth(_lse_gather),
+    ours(_lse_gather),
+    2,
+    _scan_bytes,
+)
 
 OPS = {
     "topk_loss": Op(

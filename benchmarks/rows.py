@@ -109,6 +109,8 @@ class Row:
     floor_ms: float | None = None
     gemm_tflops: float | None = None
     copy_gb_s: float | None = None
+    predicted_ms: float | None = None  # on a known GPU: from `predict`, not measured
+    predicted_host_ms: float | None = None
     machine: str = field(default_factory=current_machine)
     versions: dict[str, str | None] = field(default_factory=current_versions)
     commit: str = field(default_factory=current_commit)
@@ -135,16 +137,26 @@ def cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
+PREDICTIONS = ("predicted_ms", "predicted_host_ms")
+
+
+def records(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON; fields of predictions only if a row has one."""
+    predicted = any(row.predicted_ms is not None for row in rows)
+    dropped = () if predicted else PREDICTIONS
+    return [{k: v for k, v in asdict(row).items() if k not in dropped} for row in rows]
+
+
 def write(rows: list[Row], stem: Path) -> list[Path]:
     """Write the rows to stem.json and stem.csv."""
-    records = [asdict(row) for row in rows]
+    lines_of = records(rows)
     table = io.StringIO()
-    names = [f.name for f in fields(Row)]
+    names = list(lines_of[0]) if lines_of else [f.name for f in fields(Row)]
     lines = csv.writer(table, lineterminator="\n")
     lines.writerow(names)
-    lines.writerows([cell(record[name]) for name in names] for record in records)
+    lines.writerows([cell(record[name]) for name in names] for record in lines_of)
     texts = {
-        stem.with_name(f"{stem.name}.json"): json.dumps(records, indent=1, allow_nan=False) + "\n",
+        stem.with_name(f"{stem.name}.json"): json.dumps(lines_of, indent=1, allow_nan=False) + "\n",
         stem.with_name(f"{stem.name}.csv"): table.getvalue(),
     }
     for path, text in texts.items():
@@ -155,7 +167,9 @@ def write(rows: list[Row], stem: Path) -> list[Path]:
 def table(rows: list[Row]) -> str:
     """A text table; time and memory also as ratios to the first complete row of the case."""
     form = "{:12} {:22} {:>10} {:>7} {:>8} {:>7} {:>8} {:>9}"
-    heads = ("op", "impl", "ms", "ratio", "MB", "ratio", "error", "roofline")
+    heads = ["op", "impl", "ms", "ratio", "MB", "ratio", "error", "roofline"]
+    if any(row.predicted_ms is not None for row in rows):
+        form, heads = form + " {:>12}", [*heads, "predicted ms"]
     lines = []
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -185,6 +199,7 @@ def table(rows: list[Row]) -> str:
                 saved,
                 error,
                 share,
+                "—" if row.predicted_ms is None else f"{row.predicted_ms:.2f}",
             )
         )
     return "\n".join(lines[1:])

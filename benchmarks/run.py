@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .gpus import GPUS
 from .memory import peak_mb
+from .predict import predict
 from .registry import (
     Case,
     Contender,
@@ -173,6 +175,7 @@ def measure(
         row.grad_error, row.timer = errors[contender.impl], timer.name
         fill_times(row, times[contender.impl])
         fill_roofline(row, case, contender, rates)
+        fill_prediction(row, case, contender, say)
     return rows
 
 
@@ -206,6 +209,19 @@ def fill_roofline(row: Row, case: Case, contender: Contender, rates: Rates) -> N
         row.roofline_share = row.floor_ms / row.ms_median
         row.gemm_tflops = gemm / 1e12
     row.copy_gb_s = rates.copy / 1e9
+
+
+def fill_prediction(row: Row, case: Case, contender: Contender, say: Callable[[str], None]) -> None:
+    """The predicted time, if this GPU and the contender have a model."""
+    gpu = GPUS.get(row.machine)
+    if gpu is None:
+        return
+    prediction, reason = attempt(partial(predict, contender, case, gpu))
+    if reason is not None:
+        say(f"  {case} {contender.impl}: no prediction: {reason}")
+    elif prediction is not None:
+        row.predicted_ms = prediction.predicted_ms
+        row.predicted_host_ms = prediction.host_ms
 
 
 class Measured(NamedTuple):

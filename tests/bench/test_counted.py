@@ -1,4 +1,4 @@
-"""What the Triton backend costs at full size, counted without a GPU: memory, FLOPs, host reads.
+"""What the Triton backend costs at full size, counted without a GPU: memory, FLOPs, calls.
 
 Tensors without data go through the backend's own code at (8192, 4096, 128256, K=64) with a GPU's
 chunk sizes; GEMMs and kernels are counted instead of run. A read of a value on the host has no
@@ -7,26 +7,33 @@ answer here and raises, so what passes never stalls a stream.
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fastdistill as fd
+from benchmarks.counted import on_gpu
+from benchmarks.gpus import H200
+from benchmarks.ops import OPS, lse_gather
+from benchmarks.predict import count, operands
+from benchmarks.registry import Case
+from benchmarks.shapes import Shape
+from fastdistill.hf.lm_head import LMHead
 from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.gpu_slabs import forward_columns
-from fastdistill.kernels.head import LMHead
-from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
+from fastdistill.training.config import DistillConfig
+from fastdistill.training.loss import Loss
+from fastdistill.training.targets import Targets
+from helpers.counted_memory import (
     NEED,
     Alive,
     H,
     K,
     N,
     V,
-    counted,
     dense,
     fused,
     recompute,
     streamed_topk,
 )
+from helpers.present import present
 
 NVH = N * V * H
 
@@ -58,19 +65,17 @@ SLABS = 4 * 32
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )
-def test_at_full_size(counted, run, limit_mb, passes, reductions):  # noqa: F811
-    with FakeTensorMode(), torch.no_grad():
-        x = torch.empty(N, H, dtype=torch.bfloat16)
-        w = torch.empty(V, H, dtype=torch.bfloat16)
-        t = fd.TopK(torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N))
-        coef = torch.empty(N)
+def test_at_full_size(run, limit_mb, passes, reductions):
+    with on_gpu(H200) as calls, torch.no_grad():
+        data = operands(Shape(N, H, V, K), torch.bfloat16)
+        x, w, t = data.hidden, data.weight, present(data.teacher)
+        coef = torch.empty(N, device="cuda")
         with Alive(x, w, *t[:3], coef) as alive:
             grads = run(get_backend("triton"), LMHead(w), x, t, coef)
             returned = sum(g.numel() * g.element_size() for g in grads)
     assert (alive.peak - returned) / 1e6 < limit_mb
-    flops, launches = counted
-    assert sum(flops) == passes * NVH
-    assert launches.count("triton_reduce:reduce_rows") == reductions
+    assert calls.flops == passes * NVH
+    assert calls.kernels()["triton_reduce:reduce_rows"] == reductions
 
 
 @pytest.mark.parametrize(
@@ -90,5 +95,45 @@ def test_columns_of_a_slab_without_gradients(vocab, hidden, tokens, columns):
 
 
 def test_a_host_read_would_be_seen():
-    with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
-        torch.empty(3).sum().item()
+    with on_gpu(H200), pytest.raises(Exception, match="_local_scalar_dense"):
+        torch.empty(3, device="cuda").sum().item()
+
+
+def of(op, impl, K=64):
+    """A measured contender at N = 2048 of a small head, whose time the host can dominate."""
+    op = lse_gather if op == "lse_gather" else OPS[op]
+    (contender,) = [c for c in op.contenders if c.impl == impl]
+    return lambda: count(contender, Case("", op, Shape(2048, 1024, 151936, K), torch.bfloat16))
+
+
+def cached_teacher_step():
+    """The loss of a training step with stored answers, at the same shape."""
+    with on_gpu(H200) as calls:
+        data = operands(Shape(2048, 1024, 151936, 64), torch.bfloat16)
+        at = torch.empty(2048, dtype=torch.int64, device="cuda")
+        targets = Targets(at, at, data.labels, (1, 2048))
+        calls.clear()
+        result = Loss(DistillConfig())(data.hidden, LMHead(data.weight), targets, data.teacher)
+        torch.autograd.grad(result.loss, (data.hidden, data.weight))
+    return calls
+
+
+# GEMMs, launches of Triton kernels, and operators that run a kernel: each no more than this.
+@pytest.mark.parametrize(
+    ("calls_of", "gemms", "launches", "operators"),
+    [
+        (of("topk_loss", "triton fused"), 80, 80, 296),
+        (of("topk_loss", "triton recompute"), 114, 40, 222),
+        (of("dense_loss", "triton fused"), 312, 312, 93),
+        (of("scoring", "triton"), 0, 2, 302),
+        (of("linear_topk", "triton"), 3, 114, 75),
+        (of("linear_topk", "triton", 256), 3, 114, 75),
+        (of("lse_gather", "triton"), 0, 1, 61),
+        (cached_teacher_step, 80, 80, 477),
+    ],
+    ids="fused recompute dense scores top64 top256 lse_gather cached_teacher_step".split(),
+)
+def test_calls_of_one_public_call(calls_of, gemms, launches, operators):
+    counts = calls_of().counts()
+    limits = {"gemms": gemms, "launches": launches, "operators": operators}
+    assert all(counts[name] <= limits[name] for name in limits), counts

@@ -1,15 +1,12 @@
-"""Shared by test_counted and others."""
+"""Calls at the main shape for test_counted, and the memory that they take."""
 
-import sys
 import weakref
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdistill.kernels import dense_loss, head, lse_gather, topk, topk_loss
-from fastdistill.kernels.backends import get_backend
+from fastdistill.kernels import dense_loss, lse_gather, topk, topk_loss
 from fastdistill.kernels.head import Stats
 from fastdistill.kernels.token_loss import LossOptions
 from fastdistill.losses.arguments import to_teacher_rows
@@ -48,33 +45,6 @@ class Alive(TorchDispatchMode):
     def gone(self, key, size):
         self.seen.discard(key)
         self.now -= size
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """FLOPs of the GEMMs by name, and how often each kernel is launched."""
-    get_backend("triton")
-    flops, launches = [], []
-
-    def product(left, right, *rest, **options):
-        flops.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
-
-    def launch(kernel, grid, *args, **options):
-        launches.append(kernel)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastdistill.kernels.gpu_"):
-            for attribute, stand_in in (
-                ("product", product),
-                ("add_product", product),
-                ("launch", launch),
-            ):
-                if hasattr(module, attribute):
-                    monkeypatch.setattr(module, attribute, stand_in)
-    for table in (head.CHUNK_BYTES, topk_loss.CARRIED_CHUNKS):
-        monkeypatch.setitem(table, "cpu", table["cuda"])
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return flops, launches
 
 
 def fused(e, h, x, t, coef):

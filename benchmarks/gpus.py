@@ -1,0 +1,54 @@
+"""Constants of GPUs and of a host for `python -m benchmarks predict`, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Rates in FLOP/s and bytes/s, sizes in bytes, times in seconds."""
+
+    name: str  # as PyTorch reports it
+    capability: tuple[int, int]
+    sms: int
+    memory: int
+    l2_bytes: int
+    gemm: dict[torch.dtype, float]
+    copy: float  # HBM, bytes read plus written
+    l2: float
+    gemm_start: float = 2e-6  # of a product, beyond its waves
+    gap: float = 1e-6  # between two kernels of a stream
+    shortest: float = 2e-6  # a kernel that moves next to nothing: with the gap, 3 µs each
+
+
+# Read on such a machine: SMs, memory, L2, copy rate and 769 to 798 TFLOP/s of a large bf16 product.
+# fp32 is NVIDIA's data sheet. The L2 rate and the three times are estimates, not measured yet.
+H200 = GPU(
+    name="NVIDIA H200",
+    capability=(9, 0),
+    sms=132,
+    memory=143771 << 20,
+    l2_bytes=60_000_000,
+    gemm={torch.bfloat16: 770e12, torch.float16: 770e12, torch.float32: 67e12},
+    copy=4.3e12,
+    l2=5.5e12,
+)
+GPUS = {gpu.name: gpu for gpu in (H200,)}
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds of Python and C++ on the host for one call of each kind."""
+
+    # A launch of reduce_rows through Triton's C launcher over a stub driver: 48 µs, 2 for the guard
+    # of the device. `python -m benchmarks.host_costs` measures the rest on any machine.
+    launch: float = 50e-6
+    gemm: float = 10e-6
+    operator: float = 5e-6
+    view: float = 1.5e-6
+
+
+HOST = Host()

@@ -1,0 +1,125 @@
+"""`python -m benchmarks predict`: prices of counted calls, and what they may come to."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import rows
+from benchmarks.__main__ import main
+from benchmarks.counted import Calls, Gemm, Launch, Operator, Sizes, on_gpu
+from benchmarks.gpus import H200, Host
+from benchmarks.ops import OPS
+from benchmarks.predict import Prediction, predict
+from benchmarks.prices import gemm_seconds, price
+from benchmarks.registry import Case, Contender
+from benchmarks.shapes import Shape
+from helpers.present import present
+
+MAIN, SMALL, SHORT = (
+    Shape(8192, 4096, 128256, 64),
+    Shape(2048, 1024, 151936, 64),
+    Shape(512, 4096, 128256, 64),
+)
+
+
+def predicted(name: str, impl: str, shape: Shape) -> Prediction:
+    case = Case(name, OPS[name], shape, torch.bfloat16)
+    (contender,) = [c for c in case.op.contenders if c.impl == impl]
+    return present(predict(contender, case))
+
+
+def test_operators_are_counted_with_the_bytes_that_they_move():
+    with on_gpu(H200) as calls:
+        x = torch.empty(100, 10, device="cuda")
+        y = torch.zeros_like(x[:50])
+        y.copy_(x[:50])
+        y = torch.mm(x, x.t())
+        x.gather(1, torch.empty(100, 1, dtype=torch.int64, device="cuda"))
+    assert [e for e in calls if isinstance(e, Gemm)] == [
+        Gemm(100, 100, 10, torch.float32, 8000, 40000)
+    ]
+    moved = {
+        e.packet: (e.read, e.written) for e in calls if isinstance(e, Operator) if not e.is_free
+    }
+    assert moved == {
+        "aten.zeros_like": (0, 2000),
+        "aten.copy_": (2000, 2000),
+        "aten.gather": (800, 3200),
+    }
+    assert calls.counts() == {"gemms": 1, "launches": 0, "operators": 3}
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "share"),
+    [(8192, 8192, 8192, 0.96), (2048, 128256, 4096, 0.99), (256, 4096, 128256, 0.93)],
+)
+def test_a_large_product_runs_near_the_peak(m, n, k, share):
+    gemm = Gemm(m, n, k, torch.bfloat16, 2 * k * (m + n), 4 * m * n)
+    assert share < 2 * m * n * k / 770e12 / gemm_seconds(H200, gemm) < 1
+
+
+def test_a_kernel_starts_when_the_host_has_launched_it():
+    """Ten launches of 100 µs on the host and 3 on the GPU, then a product that hides the host."""
+    host = Host(launch=100e-6, gemm=10e-6)
+    small = Sizes((10,), torch.float32, 40)
+    launches = Calls([Launch("triton_grad:grad_rows", (1,), {"p_raw": small})] * 10)
+    slow = price(H200, host, launches)
+    assert (slow.total, slow.gpu, slow.host) == pytest.approx((1003e-6, 30e-6, 1000e-6))
+    gemm = Gemm(8192, 8192, 8192, torch.bfloat16, 1, 1)
+    hidden = price(H200, host, Calls([gemm, *launches]))
+    assert hidden.total == pytest.approx(10e-6 + gemm_seconds(H200, gemm) + 30e-6)
+
+
+def test_every_launched_kernel_has_a_price_and_a_contender_may_have_no_model():
+    op = OPS["topk_loss"]
+    other = Contender("a peer", op.truth)
+    assert predict(other, Case("topk_loss", op, Shape(8, 8, 99, 2), torch.bfloat16)) is None
+    for name in ("renorm_both", "dense_jsd"):
+        impl = "triton" if name == "renorm_both" else "triton fused"
+        assert predicted(name, impl, Shape(256, 512, 9000, 8)).launches
+
+
+# Multiples of the floor; the host's time in ms.
+@pytest.mark.parametrize(
+    ("name", "impl", "shape", "ratio", "host_ms"),
+    [
+        ("topk_loss", "triton fused", SMALL, 3.5, 8),
+        ("topk_loss", "triton recompute", SMALL, 2.2, 6),
+        ("topk_loss", "triton fused", SHORT, 3.9, 7),
+        ("linear_topk", "triton", MAIN, 2.4, 15),
+    ],
+)
+def test_a_call_costs_no_more_than_this(name, impl, shape, ratio, host_ms):
+    prediction = predicted(name, impl, shape)
+    assert prediction.ratio <= ratio, prediction
+    assert prediction.host_ms <= host_ms, prediction
+
+
+def test_eager_pytorch_passes_over_its_logits():
+    eager = predicted("topk_loss", "eager", MAIN)
+    assert 40 < eager.predicted_ms < 50
+    assert eager.gemms == 3
+
+
+def test_the_command_prints_the_suite(monkeypatch, capsys):
+    some = predicted("topk_loss", "eager", Shape(64, 64, 999, 8))
+    monkeypatch.setattr("benchmarks.predict.predictions", lambda: iter([some]))
+    assert main(["predict"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing was measured" in text
+    assert main(["predict", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert {"floor_ms", "predicted_ms", "host_ms", "launches", "bound"} < set(record)
+
+
+def test_a_measured_row_shows_its_prediction_where_there_is_one(tmp_path):
+    row = rows.Row.at(Shape(8, 32, 500, 1), "topk_loss", "eager", "both")
+    row.ms_median = 2.0
+    assert "predicted" not in rows.table([row])
+    assert "predicted_ms" not in rows.records([row])[0]
+    row.predicted_ms, row.predicted_host_ms = 1.25, 0.5
+    assert "1.25" in rows.table([row])
+    (path, _) = rows.write([row], tmp_path / "some")
+    (record,) = json.loads(path.read_text(encoding="utf-8"))
+    assert (record["predicted_ms"], record["predicted_host_ms"]) == (1.25, 0.5)
