@@ -78,9 +78,15 @@ def _runs(gpu: GPU, launch: Launch, rate: float) -> float:
     return max(moved, LONGEST_RUN * a["p_x"].shape[0] * ENTRY)
 
 
+def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
+    """A benchmark's upstream scalar is 1: the kernel returns without reading the gradient."""
+    return 0.0
+
+
 PRICES: dict[str, Price] = {
     "triton_reduce:reduce_rows": _reduced,
     "triton_grad:grad_rows": _streamed,
+    "triton_grad:scale_in_place": _nothing,
     "triton_dense:sum_divergence": _streamed,
     "triton_dense:grad_divergence": _streamed,
     "triton_gather:gather_rows": _rows,
@@ -125,6 +131,8 @@ def gpu_seconds(gpu: GPU, event: Event, before: Event | None) -> float:
     stays = before is not None and _moved(before) <= gpu.l2_bytes
     rate = gpu.l2 if stays else gpu.copy
     if isinstance(event, Launch):
+        if event.kernel not in PRICES:
+            raise KeyError(f"no price of {event.kernel}; add one to PRICES in {__file__}")
         moving = PRICES[event.kernel](gpu, event, rate)
         return gpu.gap + max(gpu.shortest, moving)
     if event.is_free:
