@@ -19,13 +19,15 @@ class GPU:
     gemm: dict[torch.dtype, float]
     copy: float  # HBM, bytes read plus written
     l2: float
+    instructions: float  # per second, of all threads
     gemm_start: float = 2e-6  # of a product, beyond its waves
     gap: float = 1e-6  # between two kernels of a stream
     shortest: float = 2e-6  # a kernel that moves next to nothing: with the gap, 3 µs each
 
 
 # Read on such a machine: SMs, memory, L2, copy rate and 769 to 798 TFLOP/s of a large bf16 product.
-# fp32 is NVIDIA's data sheet. The L2 rate and the three times are estimates, not measured yet.
+# fp32 is NVIDIA's data sheet. The L2 rate, the three times and the share of cycles that issue an
+# instruction (0.75) are estimates, not measured yet; the clock was read after a product.
 H200 = GPU(
     name="NVIDIA H200",
     capability=(9, 0),
@@ -35,6 +37,7 @@ H200 = GPU(
     gemm={torch.bfloat16: 770e12, torch.float16: 770e12, torch.float32: 67e12},
     copy=4.3e12,
     l2=5.5e12,
+    instructions=0.75 * 132 * 128 * 1.98e9,
 )
 GPUS = {gpu.name: gpu for gpu in (H200,)}
 

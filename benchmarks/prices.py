@@ -43,8 +43,10 @@ PASSES_OF = {
 }
 # torch.topk of 2048 rows of 131072 fp32 took 3.01 ms (FlashInfer, pull request 3009).
 TOPK_RATE = 2048 * 131072 * 4 / 3.01e-3
-# reduce_rows with scores takes 19 µs for 2048 × 4096 logits: 64 registers and 25 barriers.
-SCORES_RATE = 2048 * 4096 * 4 / 19e-6
+# Instructions of the loop of reduce_rows per logit, from its machine code for sm_90: with the two
+# largest logits and moments, otherwise, and for a second temperature.
+REDUCE_INSTRUCTIONS = {True: 34, False: 19}
+REDUCE_BASE = 11
 ENTRY = 0.375e-6  # sum_runs: one entry of a run, whose loads depend on one another
 LONGEST_RUN = 0.3  # share of the tokens whose answers contain the most frequent id
 
@@ -57,7 +59,9 @@ def _streamed(gpu: GPU, launch: Launch, rate: float) -> float:
 
 
 def _reduced(gpu: GPU, launch: Launch, rate: float) -> float:
-    return _moved(launch) / (min(rate, SCORES_RATE) if launch.arguments["BEST"] else rate)
+    a = launch.arguments
+    each = REDUCE_INSTRUCTIONS[a["BEST"]] + REDUCE_BASE * a["BASE"]
+    return max(_moved(launch) / rate, math.prod(a["p_raw"].shape) * each / gpu.instructions)
 
 
 def _rows(gpu: GPU, launch: Launch, rate: float) -> float:
@@ -128,7 +132,7 @@ def gpu_seconds(gpu: GPU, event: Event, before: Event | None) -> float:
     """The time of an event on the GPU, 0 without a kernel."""
     if isinstance(event, Gemm):
         return gemm_seconds(gpu, event)
-    stays = before is not None and _moved(before) <= gpu.l2_bytes
+    stays = before is not None and max(_moved(before), _moved(event)) <= gpu.l2_bytes
     rate = gpu.l2 if stays else gpu.copy
     if isinstance(event, Launch):
         if event.kernel not in PRICES:

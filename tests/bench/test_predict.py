@@ -84,10 +84,12 @@ def test_every_launched_kernel_has_a_price_and_a_contender_may_have_no_model():
 @pytest.mark.parametrize(
     ("name", "impl", "shape", "ratio", "host_ms"),
     [
-        ("topk_loss", "triton fused", SMALL, 3.5, 8),
-        ("topk_loss", "triton recompute", SMALL, 2.2, 6),
-        ("topk_loss", "triton fused", SHORT, 3.9, 7),
-        ("linear_topk", "triton", MAIN, 2.4, 15),
+        ("topk_loss", "triton fused", SMALL, 1.95, 2.9),
+        ("topk_loss", "triton recompute", SMALL, 2.0, 6.4),
+        ("topk_loss", "triton fused", SHORT, 2.0, 2.9),
+        ("linear_topk", "triton", MAIN, 2.4, 2.2),
+        ("topk_loss", "triton fused", MAIN, 1.2, 5.5),
+        ("dense_loss", "triton fused", MAIN, 1.2, 3.6),
     ],
 )
 def test_a_call_costs_no_more_than_this(name, impl, shape, ratio, host_ms):
