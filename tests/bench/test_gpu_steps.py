@@ -51,7 +51,13 @@ def test_what_compiles_for_minutes_comes_last():
         count * gpu_steps.SECONDS_PER_VARIANT[group] for group, count in gpu_steps.VARIANTS.items()
     )
     assert of("all")["kernel checks"].seconds > 2 * compile_s
-    assert of("sanitize")["memcheck"].command[:2] == ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+
+
+def test_the_sanitizer_sees_each_tensor_and_a_kernel_that_exists():
+    commands = [of("sanitize")[name].command for name in ("memcheck", "racecheck", "synccheck")]
+    assert {command[:2] for command in commands} == {("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")}
+    assert f"kernel_substring={gpu_steps.REDUCTION}" in commands[1]
+    assert f"def {gpu_steps.REDUCTION}(" in (ROOT / "kernels" / "triton_reduce.py").read_text()
 
 
 def test_every_step_has_a_verdict_and_none_starts_without_time(capsys):
