@@ -24,6 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+# 16 and more bytes of global memory at once, asynchronous copies included, and barriers.
+ACCESS = re.compile(r"\b(LDG\S*\.(?:128|256)|UTMALDG|STG\S*\.(?:128|256)|BAR\.SYNC)\b")
+LETTER = {"L": "L", "U": "L", "S": "S", "B": "B"}
+
 RECORD = Path(__file__).with_name("aot_registers.json")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -60,6 +64,9 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
         "stack": counts["STACK"] + counts["LOCAL"],
         "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "fma": len(re.findall(r"\bFFMA2?\b", code)),
+        # Wide loads L, wide stores S and barriers B, in the order of the code.
+        "order": "".join(LETTER[name[0]] for name in ACCESS.findall(code)),
+        "product_columns": sorted({int(n) for n in re.findall(r"\bHGMMA\.\d+x(\d+)x", code)}),
         "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|DMMA)\b", code))),
     }
 

@@ -16,6 +16,23 @@ TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, CUDA programming guide
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 GEMMS = ("filtered_hidden", "filtered_weight")
+# What the machine code of every variant has on an H200. At least so many loads and stores of 16
+# bytes, at most so many barriers, and matrix instructions of at least so many columns.
+FACTS = {
+    "expand": {"barriers": 1},
+    "filtered_hidden": {"loads": 32, "stores": 16, "barriers": 6, "columns": 128},
+    "filtered_weight": {"loads": 32, "stores": 8, "barriers": 10, "columns": 128},
+    "gather_rows": {"barriers": 7},
+    "grad_divergence": {"loads": 4, "stores": 1, "barriers": 1},
+    "grad_rows": {"loads": 4, "stores": 2, "barriers": 2},
+    "mark_live": {"loads": 8, "barriers": 2},
+    "quantize_row": {"loads": 8, "barriers": 2},
+    "reduce_rows": {"loads": 1, "barriers": 25},
+    "scatter_hidden": {"barriers": 10},
+    "sum_divergence": {"loads": 4, "barriers": 5},
+    "sum_runs": {"barriers": 0},
+}
+IN_PLACE = ("grad_rows", "grad_divergence")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -44,7 +61,7 @@ def test_every_kernel_of_the_sources_was_compiled(rows):
     kernels = set()
     for path in Path(__file__).resolve().parents[2].glob("kernels/*.py"):
         kernels.update(re.findall(r"launch\(\s*\"triton_\w+:(\w+)\"", path.read_text()))
-    assert {r["kernel"] for r in rows} == kernels
+    assert {r["kernel"] for r in rows} == kernels == FACTS.keys()
     counts = Counter(r["target"] for r in rows)
     assert len(set(counts.values())) == 1
 
@@ -64,6 +81,27 @@ def test_the_gemms_use_the_matrix_units(rows):
     assert {r["kernel"] for r in gemms} == set(GEMMS)
     for row in gemms:
         assert row["matrix"] == [MATRIX[row["target"]]], name(row)
+
+
+@pytest.mark.parametrize("kernel", FACTS)
+def test_the_machine_code_is_as_meant(rows, kernel):
+    limits = FACTS[kernel]
+    variants = [r for r in rows if r["kernel"] == kernel and r["target"] == 90]
+    assert variants
+    for row in variants:
+        order = row["order"]
+        assert order.count("L") >= limits.get("loads", 0), name(row)
+        assert order.count("S") >= limits.get("stores", 0), name(row)
+        assert order.count("B") <= limits["barriers"], name(row)
+        assert min(row["product_columns"], default=0) >= limits.get("columns", 0), name(row)
+
+
+def test_rows_are_loaded_before_they_are_overwritten(rows):
+    """A 16-bit row is written over its own fp32 row, by other threads: a barrier is between."""
+    for row in rows:
+        if row["kernel"] in IN_PLACE:
+            assert re.search("LB+S", row["order"]), name(row)
+            assert "LS" not in row["order"], name(row)
 
 
 def test_quantised_weights_are_not_contracted(rows):
