@@ -100,6 +100,7 @@ def steps(what: str, out: str, commit: str | None, archs: str) -> list[Step]:
     return [
         *first,
         Step("kernel checks", kernel_checks_s, (*checks, "losses", "quantized")),
+        Step("host time", 45, bench("host_time")),
         Step("heads", 175, bench("heads", "--repeats", "3"), last_case_s=30),
         Step("quantized layers", 60, bench("quantized_gpu", "--repeats", "5"), last_case_s=15),
         Step("gradient error", 60, bench("gradient_error", "tile_skipping")),

@@ -72,7 +72,7 @@ def current_command() -> str:
 class Row:
     """One contender on one case. A missing one has a `reason` and no figures.
 
-    note: what was used in the place of a missing package.
+    note: a fallback for a missing package, or the time that the host needs.
 
     grad_error is ‖g − g₆₄‖ / ‖g₆₄‖ on the gate's shape, the worse of hidden's and weight's (in
     forward mode the worst of the outputs'). peak_mb is the memory that a call adds to torch's
