@@ -62,18 +62,19 @@ def compile_seconds(*groups: str) -> int:
     return round(SLOWER * sum(VARIANTS[g] * SECONDS_PER_VARIANT[g] for g in groups))
 
 
-def architectures() -> str:
-    """The compute capabilities of the GPUs here as FASTDISTILL_CUDA_ARCHS, or "" if unknown."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
+def build_settings() -> list[str]:
+    """Variables of setup.py: build for the GPUs that are here only, and fail if nvcc fails."""
+    if shutil.which("nvidia-smi") is None or shutil.which("nvcc") is None:
+        return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
     capabilities = {line.strip().replace(".", "") for line in done.stdout.splitlines()}
-    return ";".join(sorted(filter(str.isdecimal, capabilities), key=int))
+    archs = ";".join(sorted(filter(str.isdecimal, capabilities), key=int))
+    return [f"FASTDISTILL_CUDA_ARCHS={archs}", "FASTDISTILL_CUDA=1"] if archs else []
 
 
-def steps(what: str, out: str, commit: str | None, archs: str) -> list[Step]:
-    """The steps of `what`: "all", "large" or "sanitize"."""
+def steps(what: str, out: str, commit: str | None, settings: Sequence[str]) -> list[Step]:
+    """The steps of `what`: "all", "large" or "sanitize"; settings: VARIABLE=value of the build."""
     python = (sys.executable,)
     build = (*python, "setup.py", "-q", "build_ext", "--inplace")
     checks = (*python, "tests/test_gpu.py")
@@ -85,8 +86,7 @@ def steps(what: str, out: str, commit: str | None, archs: str) -> list[Step]:
     first = [
         Step("machine", 10, ("nvidia-smi",)),
         Step("versions", 30, (*python, "-m", "benchmarks.packages")),
-        # For the GPU that is here, and not for four architectures.
-        Step("build", 80, ("env", f"FASTDISTILL_CUDA_ARCHS={archs}", *build) if archs else build),
+        Step("build", 80, ("env", *settings, *build)),
     ]
     if what == "large":
         return [
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.wheels:
         print(packages.wheels())
         return 0
-    chosen = steps(args.what, args.out, args.commit, architectures())
+    chosen = steps(args.what, args.out, args.commit, build_settings())
     if args.dry_run:
         for step in chosen:
             command = shlex.join(step.argv(step.seconds))

@@ -16,22 +16,34 @@ from benchmarks.shapes import SUITES
 from helpers.gpu_table import CHECKS, GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ["FASTDISTILL_CUDA_ARCHS=90", "FASTDISTILL_CUDA=1"]
 NAMES = {check.__name__ for check in CHECKS} | GROUPS.keys()
 
 
 def of(what: str) -> dict[str, Step]:
-    return {step.name: step for step in steps(what, "out", "abc", "90")}
+    return {step.name: step for step in steps(what, "out", "abc", SETTINGS)}
 
 
 @pytest.mark.parametrize("what", ["all", "large", "sanitize"])
-def test_steps_name_existing_checks_and_build_for_the_device(what):
+def test_steps_name_existing_checks(what):
     for step in of(what).values():
         if "tests/test_gpu.py" in step.command:
             names = step.command[step.command.index("tests/test_gpu.py") + 1 :]
             assert names
             assert NAMES.issuperset(names)
-    assert of(what)["build"].command[:2] == ("env", "FASTDISTILL_CUDA_ARCHS=90")
-    assert {step.name: step for step in steps(what, "out", None, "")}["build"].command[0] != "env"
+
+
+def test_the_build_is_for_the_gpus_that_are_here(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '9.0\\n10.0\\n9.0\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    settings = gpu_steps.build_settings()
+    assert settings == ["FASTDISTILL_CUDA_ARCHS=90;100", "FASTDISTILL_CUDA=1"]
+    monkeypatch.setattr(shutil, "which", {"nvidia-smi": "nvidia-smi"}.get)
+    assert gpu_steps.build_settings() == []
+    assert of("all")["build"].command[:3] == ("env", *SETTINGS)
 
 
 @pytest.mark.parametrize("what", ["large", "sanitize"])
