@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdistill.kernels import gpu_launch, op_common, op_losses
 from fastdistill.kernels.backends import get_backend
+from fastdistill.kernels.namespace import NAMESPACE
 from fastdistill.runtime import backend
 
 from .gpus import GPU
@@ -35,6 +36,7 @@ UNREAD = ("aten.copy_", "aten.fill_", "aten.zero_")  # the first argument, which
 INDEXED = ("aten.gather", "aten.scatter_", "aten.scatter_add")
 SECTOR = 32
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+PACKAGE = gpu_launch.__name__.rpartition(".")[0] + "."
 _fake_device = FakeTensor.device
 
 
@@ -129,10 +131,12 @@ class _Recorder(TorchDispatchMode):
             return CPU
         if kwargs.get("device") is not None:
             kwargs["device"] = CPU
-        was, self.inside = self.inside, function.namespace != "fastdistill"
+        body = None
+        if function.namespace == NAMESPACE:  # our operators run their Python code
+            body = op_common.BODIES.get(function._schema.name.partition("::")[2])
+        was, self.inside = self.inside, body is None
         try:
-            if not self.inside:  # the operator's own Python code, instead of its shapes
-                body = op_common.BODIES[function._schema.name.partition("::")[2]]
+            if body is not None:
                 with self:
                     return body(*args, **kwargs)
             out = function(*args, **kwargs)
@@ -213,7 +217,7 @@ def on_gpu(gpu: GPU) -> Iterator[Calls]:
         total_memory=gpu.memory, multi_processor_count=gpu.sms, L2_cache_size=gpu.l2_bytes
     )
     with ExitStack() as stack:
-        for module in [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.")]:
+        for module in [m for n, m in sys.modules.items() if n.startswith(PACKAGE)]:
             for name, value in list(vars(module).items()):
                 if callable(value) and getattr(value, "__module__", "") == gpu_launch.__name__:
                     stand_in = stand_ins.get(value)

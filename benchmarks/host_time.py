@@ -11,14 +11,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from .ops import OPS
-from .registry import Case, Missing, attempt, run
+from .registry import Case, Contender, Missing, attempt, run
 from .rows import Row
 from .rows import table as table
-from .run import take_turns
+from .run import fill_prediction, take_turns
 from .shapes import Shape, entry
 
 CALLS = {"topk_loss": "triton fused", "scoring": "triton"}  # op: contender
@@ -46,19 +47,25 @@ def _measure(op: str, shape: Shape) -> list[Row]:
     }
     take_turns([plain, replayed], works, TURNS)
     if call is not None:
+        contender, case = _case(op, shape)
+        fill_prediction(plain, case, contender, partial(print, file=sys.stderr))
         plain.note = f"host {_host_ms(call):.3f} ms"
         if shape == SHAPE:
             print(_profile(call), file=sys.stderr, flush=True)
     return [plain, replayed]
 
 
+def _case(op: str, shape: Shape) -> tuple[Contender, Case]:
+    contender = next(c for c in OPS[op].contenders if c.impl == CALLS[op])
+    return contender, Case(op, OPS[op], shape, torch.bfloat16)
+
+
 def _call(op: str, shape: Shape) -> Callable[[], object]:
     """The contender on its data, after one call that compiles its kernels."""
     if not torch.cuda.is_available():
         raise Missing("the time of the host needs a CUDA device")
-    contender = next(c for c in OPS[op].contenders if c.impl == CALLS[op])
     data = OPS[op].make(shape, torch.bfloat16)
-    case = Case(op, OPS[op], shape, torch.bfloat16)
+    contender, case = _case(op, shape)
 
     def call() -> object:
         return run(contender, case, data)

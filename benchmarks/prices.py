@@ -89,6 +89,8 @@ def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
 
 PRICES: dict[str, Price] = {
     "triton_reduce:reduce_rows": _reduced,
+    "triton_topk:reduce_groups": _streamed,
+    "triton_token_loss:token_loss": _streamed,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,
     "triton_dense:sum_divergence": _streamed,
