@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_gather
 from .gpu_launch import cdiv, launch, next_power_of_2, scalars
 from .head import LMHead, slot_grads
 from .token_loss import ABSENT
@@ -18,6 +19,8 @@ RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
 
 def forward(head: LMHead, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
     """z [N, S] at T, NEG in empty slots."""
+    if head.is_packed:  # it has no address for a kernel
+        return torch_gather.forward(head, hidden_NH, ids_NS)
     (N, H), S = hidden_NH.shape, ids_NS.shape[1]
     z_NS = hidden_NH.new_empty(N, S, dtype=head.dtype)
     SB = min(GATHER_TILE["SB"], next_power_of_2(max(S, 1)))
@@ -47,6 +50,9 @@ def hidden_grad(
     head: LMHead, ids_NS: Tensor, g_NS: Tensor, out: Tensor, base: Tensor | None = None
 ) -> None:
     """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x)."""
+    if head.is_packed:
+        got = type(head.weight).__name__
+        raise TypeError(f"weight: expected a dense head for gradients, got {got}; dequantize() it")
     N, S = ids_NS.shape
     H = head.weight.shape[1]
     BH = min(GATHER_TILE["BH"], next_power_of_2(H))

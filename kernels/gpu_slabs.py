@@ -72,6 +72,13 @@ def logits_view(head: LMHead, buffer: Tensor, tokens: int) -> Tensor:
     return buffer[:tokens, : head.vocab_size]
 
 
+def _all_products(head: LMHead, hidden_nH: Tensor, raw_nV: Tensor) -> None:
+    """raw = x Wᵀ: one GEMM, or one per slab of a weight that is not dense."""
+    V = head.vocab_size
+    for at in vocabulary_slabs(head, slab_columns(V) if head.is_packed else max(1, V)):
+        product(hidden_nH, head.weight[at].t(), raw_nV[:, at])
+
+
 def scan(
     head: LMHead,
     hidden_nH: Tensor,
@@ -91,7 +98,7 @@ def scan(
     running = Running(head, ids_nS, moments, base, best, label_u_n)
     if buffer is not None:
         raw = logits_view(head, buffer, n)
-        product(hidden_nH, head.weight[:V].t(), raw)
+        _all_products(head, hidden_nH, raw)
         running.block(slice(0, n))(slice(0, V), raw)
         return running.scanned()
     size = min(n, BLOCK_TOKENS)
@@ -275,7 +282,7 @@ def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tenso
     """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites buffer."""
     n = hidden_nH.shape[0]
     z_nV = logits_view(head, buffer, n)
-    product(hidden_nH, head.weight[: head.vocab_size].t(), z_nV)
+    _all_products(head, hidden_nH, z_nV)
     if head.bias is not None:
         z_nV += head.bias[: head.vocab_size].to(z_nV.dtype)
     if head.logit_scale != 1.0:

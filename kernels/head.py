@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .token_loss import ABSENT, NEG
 
@@ -48,6 +49,11 @@ class LMHead(NamedTuple):
     def dtype(self) -> torch.dtype:
         """The type of logits, statistics and accumulators."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight has no memory of its own: its rows are computed when they are read."""
+        return is_traceable_wrapper_subclass(self.weight)
 
     def scalars(self) -> dict[str, Any]:
         """The scalars as an operator takes them."""

@@ -28,6 +28,7 @@ from .formats.detect import Checkpoint, open_checkpoint
 from .formats.header import check_header, keep_untied
 from .formats.tensor_files import CheckpointError, Expanded, fail_checkpoint, reading
 from .linear import QuantizedWeight
+from .matrix import QuantizedMatrix
 from .merging import merge_weights, runner
 from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
 from .ops import COMPUTE
@@ -140,6 +141,8 @@ class _Loader:
         self.checkpoint, self.model, self.device = checkpoint, model, device
         self.quant, self.compute, self.expand = quant, compute, expand
         self.quantizable = set(quantizable(model, skip))
+        # Read as matrices by losses, as quantized layers are not.
+        self.ends = (model.get_input_embeddings(), model.get_output_embeddings())
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
         self.filled: set[str] = set()  # names of the model that have a value
@@ -226,7 +229,13 @@ class _Loader:
             self._shape(name, tuple(rows_of(module, empty).shape), value.shape)
             layer = QuantizedWeight(value).to(self.device)
             if not self.expand:
-                self._put(name, module, layer.quantized)
+                matrix = None
+                if module in self.ends:
+                    matrix = QuantizedMatrix.make(layer.quantized, empty.dtype)
+                if matrix is None:
+                    self._put(name, module, layer.quantized)
+                else:
+                    setattr(module, leaf, nn.Parameter(matrix, requires_grad=False))
                 return
             value = layer.dequantize(empty.dtype)
             value = value.t().contiguous() if is_conv1d(module) else value.view(empty.shape)

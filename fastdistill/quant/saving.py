@@ -21,6 +21,7 @@ from .experts import ExpertStack
 from .formats.own_format import KEY, VERSION, metadata, tensors_of
 from .formats.tensor_files import INDEX, SINGLE
 from .linear import QuantizedWeight
+from .matrix import QuantizedMatrix
 
 
 @torch.no_grad()
@@ -121,7 +122,12 @@ def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any
             if k not in module._non_persistent_buffers_set
         }
         for leaf, tensor in own.items():
-            if id(tensor) not in saved:
-                saved.add(id(tensor))
-                full = f"{name}.{leaf}" if name else leaf
+            if id(tensor) in saved:
+                continue
+            saved.add(id(tensor))
+            full = f"{name}.{leaf}" if name else leaf
+            if isinstance(tensor, QuantizedMatrix):
+                tensors, entry = tensors_of(full, tensor.quantized)
+                yield {k: t.cpu() for k, t in tensors.items()}, {full: entry}
+            else:
                 yield {full: tensor.detach().cpu().contiguous()}, {}

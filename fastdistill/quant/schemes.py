@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -141,6 +141,21 @@ class Int8Weight:
 
 
 QuantWeight = Lut4Weight | Int8Weight
+
+
+def take_rows(weight: QuantWeight, at: slice | Tensor) -> QuantWeight:
+    """Return the rows of a slice or of ids [n]: the columns are whole blocks, in their order."""
+    N, K = weight.shape
+    assert isinstance(weight.scale, Tensor)
+    scale = weight.scale.view(N, -1)[at]
+    qdata = weight.qdata.view(N, -1)[at]
+    shape = (len(qdata), K)
+    if isinstance(weight, Int8Weight):
+        return replace(weight, shape=shape, qdata=qdata, scale=scale.reshape(-1))
+    offset = None if weight.offset is None else weight.offset.view(N, -1)[at].reshape(-1)
+    return replace(
+        weight, shape=shape, qdata=qdata.reshape(-1), scale=scale.reshape(-1), offset=offset
+    )
 
 
 def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool = False) -> None:

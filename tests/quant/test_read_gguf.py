@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdistill import load_teacher
-from fastdistill.quant import load_quantized
+from fastdistill.quant import load_quantized, save_quantized
 from fastdistill.quant.formats.detect import (
     CheckpointError,
     is_quantized_checkpoint,
@@ -18,6 +18,8 @@ from fastdistill.quant.formats.detect import (
 )
 from fastdistill.quant.formats.gguf_names import FAMILIES
 from fastdistill.quant.formats.tensor_files import Expanded
+from fastdistill.quant.loading import load_expanded
+from fastdistill.quant.matrix import QuantizedMatrix
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight
 from helpers.gguf_writer import config_of, part_of, write
 from helpers.stored import read_all, values
@@ -77,20 +79,38 @@ def test_logits_are_those_of_the_converted_model(tmp_path, family):
 
 
 @pytest.mark.parametrize("kind, of", [("Q4_0", Lut4Weight), ("Q8_0", Int8Weight)])
-def test_matrices_of_layers_stay_quantised_and_the_others_do_not(tmp_path, kind, of):
+def test_matrices_stay_quantized_and_norms_do_not(tmp_path, kind, of):
     state = write(tmp_path / "tiny.gguf", kind=kind)
     checkpoint = open_checkpoint(tmp_path)  # the one .gguf file of a folder
     assert checkpoint.path == tmp_path / "tiny.gguf"
     assert is_quantized_checkpoint(tmp_path)
     assert is_quantized_checkpoint(tmp_path / "tiny.gguf")
     for name, read in checkpoint.weights.items():
-        inside = name.startswith("model.layers.") and "norm" not in name
+        matrix = "norm" not in name
         weight = read()
-        assert isinstance(weight, of if inside else torch.Tensor), name
+        assert isinstance(weight, of if matrix else torch.Tensor), name
         assert tuple(weight.shape) == tuple(state[name].shape)
-        if inside:
+        if matrix:
             error = values(weight) - state[name]
             assert error.norm() < 0.15 * state[name].norm(), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_stay_packed_through_a_saved_folder(tmp_path, tied):
+    write(tmp_path / "tiny.gguf", kind="Q8_0", head_kind="Q4_0", tie_word_embeddings=tied)
+    ids = torch.arange(12)[None]
+    loaded = load_quantized(tmp_path / "tiny.gguf", compute="exact")
+    save_quantized(loaded, tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", compute="exact")
+    expected = load_expanded(tmp_path / "tiny.gguf")
+    for model in (loaded, again):
+        ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert all(isinstance(weight, QuantizedMatrix) for weight in ends)
+        assert (ends[0] is ends[1]) == tied
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    teacher = load_teacher(tmp_path / "saved", compute="exact", device="cpu")
+    assert teacher.fidelity({"input_ids": ids}, against=expected).kl < 1e-6
 
 
 def test_a_head_of_another_type_is_expanded(tmp_path):
@@ -212,7 +232,7 @@ def test_a_mixed_file_stays_quantized_where_it_can(tmp_path, caplog):
     }
     assert model.lm_head.weight.dtype == torch.float32
     (record,) = [r for r in caplog.records if r.name == "fastdistill.quant.formats.gguf"]
-    for words in ("3 × Q4_K in 4 or 8 bits", "1 × Q5_K as fp32", "MB of weights in all"):
+    for words in ("4 × Q4_K in 4 or 8 bits", "1 × Q5_K as fp32", "MB of weights in all"):
         assert words in record.message
 
 

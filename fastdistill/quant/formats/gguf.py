@@ -1,10 +1,9 @@
 """Reads models in .gguf files (llama.cpp).
 
-Matrices of the layers stay in 4 or 8 bits if their type is one of the two formats bit for bit
-(gguf_types.py). Everything else is expanded to fp32: matrices of Q5_1 and Q5_K; embedding, head
-and norms of any type, since losses read the head as a matrix. A file may mix types: Q4_K_M is Q4_K
-with some matrices and the head in Q6_K. F16 and BF16 are read as they are. The log, at level INFO,
-has the memory of each type.
+Matrices of the layers, the embedding and the head stay in 4 or 8 bits if their type is one of the
+two formats bit for bit (gguf_types.py). Everything else is expanded to fp32: matrices of Q5_1 and
+Q5_K, and norms of any type. A file may mix types: Q4_K_M is Q4_K with some matrices and the head in
+Q6_K. F16 and BF16 are read as they are. The log, at level INFO, has the memory of each type.
 
 Tensor names differ from transformers, and some families store other rows or norms (gguf_names.py).
 Unknown tensors raise an error. gguf_config.py makes the config.
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import fail
-from ..schemes import Int8Weight, Lut4Weight, QuantWeight
+from ..schemes import Int8Weight, Lut4Weight, QuantWeight, take_rows
 from .gguf_config import ROPE, read_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_headers
 from .gguf_names import FAMILIES, GATE_UP, Family
@@ -38,8 +37,9 @@ logger = logging.getLogger(__name__)
 _MATRIX = re.compile(
     r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight"
 )
+_ENDS = ("token_embd.weight", "output.weight")  # the embedding and the head
 _INSTEAD = "use the model's safetensors checkpoint"
-_CHUNK = 1 << 18  # values unpacked at a time
+_CHUNK = 1 << 16  # values unpacked at a time: larger temporaries fragment the heap
 
 
 class GGUFModel(NamedTuple):
@@ -110,7 +110,8 @@ def _parameter(file: Path, stored: str, name: str, family: Family) -> str:
 def _stays(name: str, tensor: GGUFTensor) -> bool:
     """Whether a tensor stays in 4 or 8 bits."""
     matrix = len(tensor.shape) == (3 if "_exps." in name else 2)
-    return matrix and tensor.type.is_exact and _MATRIX.fullmatch(name) is not None
+    is_read_as_one = name in _ENDS or _MATRIX.fullmatch(name) is not None
+    return matrix and tensor.type.is_exact and is_read_as_one
 
 
 def _log(file: Path, header: GGUFHeader) -> None:
@@ -151,7 +152,7 @@ def _chunks(name: str, tensor: GGUFTensor) -> Iterator[Tensor]:
 
 
 def _read(name: str, tensor: GGUFTensor) -> Tensor | QuantWeight:
-    """Return a tensor; a matrix of a layer in its quantized form, if there is one."""
+    """Return a tensor; a matrix in its quantized form, if there is one."""
     if not _stays(name, tensor):
         return _dense(name, tensor)
     *rows, K = tensor.shape
@@ -181,7 +182,8 @@ def _weight(
     weight = _read(name, tensor)
     with reading(tensor.file, name):
         if heads is not None:
-            weight = _take_rows(weight, _halves_together(tensor.shape[0], heads))
+            order = _halves_together(tensor.shape[0], heads)
+            weight = weight[order] if isinstance(weight, Tensor) else take_rows(weight, order)
         if isinstance(weight, Tensor):
             weight = weight.float() - minus if minus else weight
             weight = weight if shape is None else weight.view(shape)
@@ -195,20 +197,6 @@ def _halves_together(rows: int, heads: int) -> Tensor:  # inside `reading`
     if heads < 1 or rows % (2 * heads):
         fail("data", f"{heads} heads of an even number of rows each", f"{rows} rows")
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-
-
-def _take_rows(weight: Tensor | QuantWeight, order: Tensor) -> Tensor | QuantWeight:
-    """Return the rows of a matrix in another order."""
-    if isinstance(weight, Tensor):
-        return weight[order]
-    rows = weight.shape[0]
-    assert isinstance(weight.scale, Tensor)  # as `quantized` makes it
-    scale = weight.scale.view(rows, -1)[order].view(-1)
-    qdata = weight.qdata.view(rows, -1)[order]
-    if isinstance(weight, Int8Weight):
-        return replace(weight, qdata=qdata, scale=scale)
-    offset = None if weight.offset is None else weight.offset.view(rows, -1)[order].view(-1)
-    return replace(weight, qdata=qdata.view(-1), scale=scale, offset=offset)
 
 
 def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight | Expanded:
@@ -234,7 +222,7 @@ def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight
     experts, rows, _ = first.shape
     both = _below(gate, up)
     order = torch.arange(2 * experts * rows).view(2, experts, rows).transpose(0, 1).reshape(-1)
-    return _take_rows(both, order)
+    return take_rows(both, order)
 
 
 def _below(top: QuantWeight, bottom: QuantWeight) -> QuantWeight:
