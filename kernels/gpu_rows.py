@@ -103,52 +103,55 @@ class Running:
         )
 
 
-def grad_rows_(
-    head: LMHead,
-    raw_nv: Tensor,
-    v0: int,
-    ids_nS: Tensor,
-    g_nS: Tensor,
-    stats: Stats,
-    grads: Stats,
-) -> Tensor:
-    """dz [n, v] in the head's own type, in raw's memory (rows as far apart as raw's were).
+def grad_rows(
+    head: LMHead, ids_nS: Tensor, g_nS: Tensor, stats: Stats, grads: Stats
+) -> Callable[[Tensor, int], Tensor]:
+    """A function (raw products [n, v], their first column) that turns them into dz [n, v].
 
-    grads hold d lse_rest, d mean_rest and d lse_base per token; g_nS is d(W x) at distinct ids.
+    dz has the head's own type and takes raw's memory (rows as far apart as raw's were). grads hold
+    d lse_rest, d mean_rest and d lse_base per token; g_nS is d(W x) at distinct ids. Arguments that
+    do not change from slab to slab are built once.
     """
-    n, v = raw_nv.shape
     S, T, scale = ids_nS.shape[1], head.temperature, head.logit_scale
-    wide, low = raw_nv.element_size(), head.weight.element_size()
-    out = raw_nv if wide == low else raw_nv.view(head.weight.dtype)[:, :v]
     mean = grads.mean_rest is not None and stats.mean_rest is not None
     base = grads.lse_base is not None and stats.lse_base is not None
     g_mean, g_base = grads.mean_rest, grads.lse_base
-    launch(
-        "triton_grad:grad_rows",
-        (n,),
-        raw_nv,
-        p_raw=raw_nv,
-        p_dz=out,
-        p_bias=head.bias,
-        p_ids=ids_nS,
-        p_g_slots=g_nS,
-        p_lse_rest=stats.lse_rest,
-        p_g_rest=grads.lse_rest * (scale / T),
-        p_mean_rest=stats.mean_rest if mean else None,
-        p_g_mean=g_mean * (scale / T) if mean and g_mean is not None else None,
-        p_lse_base=stats.lse_base if base else None,
-        p_g_base=g_base * scale if base and g_base is not None else None,
-        ld_raw=raw_nv.stride(0),
-        ld_dz=out.stride(0),
-        v=v,
-        v0=v0,
-        S=S,
+    constant = {
+        "p_bias": head.bias,
+        "p_ids": ids_nS,
+        "p_g_slots": g_nS,
+        "p_lse_rest": stats.lse_rest,
+        "p_g_rest": grads.lse_rest * (scale / T),
+        "p_mean_rest": stats.mean_rest if mean else None,
+        "p_g_mean": g_mean * (scale / T) if mean and g_mean is not None else None,
+        "p_lse_base": stats.lse_base if base else None,
+        "p_g_base": g_base * scale if base and g_base is not None else None,
+        "S": S,
         **scalars(head),
-        BV=min(ROW_TILE["BV"], next_power_of_2(v)),
-        SB=min(SLOT_TILE, next_power_of_2(max(S, 1))),
-        num_warps=ROW_TILE["num_warps"],
-    )
-    return out
+        "SB": min(SLOT_TILE, next_power_of_2(max(S, 1))),
+        "num_warps": ROW_TILE["num_warps"],
+    }
+
+    def grad(raw_nv: Tensor, v0: int) -> Tensor:
+        n, v = raw_nv.shape
+        same = raw_nv.dtype == head.weight.dtype
+        out = raw_nv if same else raw_nv.view(head.weight.dtype)[:, :v]
+        launch(
+            "triton_grad:grad_rows",
+            (n,),
+            raw_nv,
+            p_raw=raw_nv,
+            p_dz=out,
+            ld_raw=raw_nv.stride(0),
+            ld_dz=out.stride(0),
+            v=v,
+            v0=v0,
+            BV=min(ROW_TILE["BV"], next_power_of_2(v)),
+            **constant,
+        )
+        return out
+
+    return grad
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ scan         one GEMM writes a stored chunk, one reduction reads it: 2NVH FLOPs,
              A pass without gradients reuses one slab of at most 2048 tokens: 4096 to 32768 columns
              (`forward_columns`), 32 MiB of fp32 at H = 4096
 chunk_grads  a stored chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
-recompute    vocabulary slabs outermost, the logits again: 8NVH in all; each dW slab is written
+recompute    vocabulary slabs outermost, the logits again: 8NVH in all; each dW slab is rounded
              once, dX is summed in fp32
 topk         torch.topk on a stored chunk, then the reduction without the k
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import gpu_gather
 from .gpu_launch import add_product, product, sums_at_scale
-from .gpu_rows import Running, grad_rows_
+from .gpu_rows import Running, grad_rows
 from .head import (
     LMHead,
     RunningLSE,
@@ -28,12 +28,14 @@ from .head import (
     blocks,
     scaled_grads,
     slot_grads,
+    sums_in_16_bits,
     vocabulary_slabs,
 )
 from .token_loss import Gathered
 
 BLOCK_TOKENS = 2048
 RECOMPUTE_BYTES = 64 << 20
+RECOMPUTE_TILE = (2048, 2048)  # tokens and columns of a slab, at least, if there are as many
 SLAB_COLUMNS = (64, 4096)
 # A library GEMM of this size takes about 80 µs on an H200 (770 TFLOP/s), longer than the host takes
 # to launch it and the reduction.
@@ -177,8 +179,8 @@ def _add_grads(
     """`chunk_grads` with d(W x) of distinct ids in upstream.z_ids; dw, db without padding."""
     g_nS = upstream.z_ids
     in_place = g_nS if filter_threshold is None else torch.zeros_like(g_nS)
-    dz = grad_rows_(
-        head, logits_view(head, buffer, len(hidden_nH)), 0, ids, in_place, stats, upstream
+    dz = grad_rows(head, ids, in_place, stats, upstream)(
+        logits_view(head, buffer, len(hidden_nH)), 0
     )
     weight = head.weight[: head.vocab_size]
     if filter_threshold is not None:
@@ -223,59 +225,97 @@ def recompute(
     hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless needed."""
-    (N, H), V = hidden_NH.shape, head.vocab_size
-    dw = torch.zeros_like(head.weight) if need_weight else None
-    db = None
+    (N, H), V, wide = hidden_NH.shape, head.vocab_size, head.dtype
+    dw = sum_db = None
+    if need_weight:
+        dw = torch.empty_like(head.weight)
+        dw[V:] = 0
     if need_bias and head.bias is not None:
-        db = torch.zeros_like(head.bias)
-    dx = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
+        sum_db = head.weight.new_zeros(len(head.bias), dtype=wide)
+    dx = hidden_NH.new_empty(N, H, dtype=wide) if need_hidden else None
     narrow = None  # the returned dX, if it is not summed in its own type
-    if need_hidden and hidden_type != head.dtype:
-        narrow = torch.empty_like(hidden_NH, dtype=hidden_type)
+    if need_hidden and hidden_type != wide:
+        narrow = hidden_NH.new_empty(N, H, dtype=hidden_type)
     ids, g_NS = merge_repeated_slots(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
     scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
     g_NS = scaled_up.z_ids
-    lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
-    columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
-    if narrow is not None and H % 2 == 0 and columns <= H // 2:
-        slab = narrow.view(head.dtype)  # its memory is free until the sum is complete
-    else:
-        slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
-    for i, at in enumerate(vocabulary_slabs(head, columns)):
-        raw = slab[:, : at.stop - at.start]
-        for rows in blocks(N, BLOCK_TOKENS):
-            part = Stats._make(None if t is None else t[rows] for t in stats)
-            up = Stats._make(None if t is None else t[rows] for t in scaled_up)
-            product(hidden_NH[rows], head.weight[at].t(), raw[rows])
-            dz = grad_rows_(head, raw[rows], at.start, ids[rows], g_NS[rows], part, up)
+    slab, wide_dw = _recompute_memory(head, N, need_weight, narrow)
+    size, columns = slab.shape
+    tiles = []
+    for rows in list(blocks(N, size)) or [slice(0, 0)]:
+        part = Stats._make(None if t is None else t[rows] for t in stats)
+        up = Stats._make(None if t is None else t[rows] for t in scaled_up)
+        to_dz = grad_rows(head, ids[rows], g_NS[rows], part, up)
+        tiles.append((rows, hidden_NH[rows], to_dz))
+    for at in vocabulary_slabs(head, columns):
+        weight = head.weight[at]
+        dw_part = None if dw is None else dw[at] if wide_dw is None else wide_dw[: len(weight)]
+        for rows, x, to_dz in tiles:
+            raw = slab[: len(x), : len(weight)]
+            product(x, weight.t(), raw)
+            dz = to_dz(raw, at.start)
             if dx is not None:
-                add_product(dz, head.weight[at], dx[rows], first=i == 0)
-        dz = raw if head.weight.dtype == raw.dtype else raw.view(head.weight.dtype)
-        dz = dz[:, : at.stop - at.start]
-        if dw is not None:
-            _store(dz.t(), hidden_NH, grad_scale, dw[at])
-        if db is not None:
-            total = dz.sum(0, dtype=head.dtype)
-            db[at] = total if grad_scale is None else total / grad_scale
-    if dx is None or head.weight.dtype == head.dtype:
-        return dx, dw, db
+                add_product(dz, weight, dx[rows], first=at.start == 0)
+            if dw_part is not None:
+                add_product(dz.t(), x, dw_part, first=rows.start == 0)
+            if sum_db is not None:
+                sum_db[at] += dz.sum(0, dtype=wide)
+        if dw is not None and dw_part is not None and wide_dw is not None:
+            dw[at] = dw_part if grad_scale is None else dw_part.div_(grad_scale)
+    db = None
+    if sum_db is not None and head.bias is not None:
+        db = (sum_db if grad_scale is None else sum_db / grad_scale).to(head.bias.dtype)
+    if dx is not None and head.weight.dtype != wide:
+        lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
+        dx = _rounded_hidden_grad(head, ids, lost_NS, dx, narrow, grad_scale)
+    return dx, dw, db
+
+
+def _rounded_hidden_grad(
+    head: LMHead,
+    ids_NS: Tensor,
+    lost_NS: Tensor,
+    dx: Tensor,
+    narrow: Tensor | None,
+    grad_scale: Tensor | None,
+) -> Tensor:
+    """dX with what dz of the slots lost to rounding, in the type of `narrow` (dx if None)."""
     if grad_scale is None:
         out = dx if narrow is None else narrow
-        gpu_gather.hidden_grad(head, ids, lost_NS, out, base=dx)
-        return out, dw, db
-    gpu_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
+        gpu_gather.hidden_grad(head, ids_NS, lost_NS, out, base=dx)
+        return out
+    gpu_gather.hidden_grad(head, ids_NS, lost_NS, dx, base=dx)
     dx.div_(grad_scale)  # before dX is rounded, or it would overflow
-    return dx if narrow is None else narrow.copy_(dx), dw, db
+    return dx if narrow is None else narrow.copy_(dx)
 
 
-def _store(left: Tensor, right: Tensor, grad_scale: Tensor | None, out: Tensor) -> None:
-    """out = left @ right / grad_scale, rounded once."""
-    if grad_scale is None:
-        add_product(left, right, out, first=True)
-        return
-    wide = out.new_empty(out.shape, dtype=grad_scale.dtype)
-    product(left, right, wide)
-    out.copy_(wide.div_(grad_scale))
+def _recompute_memory(
+    head: LMHead, N: int, need_weight: bool, narrow: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(fp32 slab [tokens, columns], fp32 dW of a slab or None if each dW slab is one product).
+
+    A slab has all tokens if that fits in RECOMPUTE_BYTES or in `narrow`, the memory of the returned
+    dX, which is free until the sum is complete.
+    """
+    V, H, wide = head.vocab_size, head.weight.shape[1], head.dtype
+    least_tokens, least_columns = RECOMPUTE_TILE
+    most = RECOMPUTE_BYTES // wide.itemsize
+    free = 0 if narrow is None else narrow.nbytes // wide.itemsize
+    columns = min(slab_columns(V), max(least_columns, most // max(N, 1) // 256 * 256))
+    sums = columns * H if need_weight and head.weight.dtype != wide else 0
+    tokens, in_fp32 = N, sums > 0 and not sums_in_16_bits(head.weight.dtype)
+    if N * columns + in_fp32 * sums > max(most, free):
+        in_fp32 = sums > 0
+        step = least_tokens // 8
+        fitting = (max(most, free) - sums) // columns // step * step
+        tokens = min(N, max(least_tokens, fitting))
+    count = tokens * columns + in_fp32 * sums
+    if narrow is not None and count <= free:
+        memory = narrow.view(-1)[: count * (wide.itemsize // narrow.itemsize)].view(wide)
+    else:
+        memory = head.weight.new_empty(count, dtype=wide)
+    slab = memory[: tokens * columns].view(tokens, columns)
+    return slab, memory[tokens * columns :].view(columns, H) if in_fp32 else None
 
 
 def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:

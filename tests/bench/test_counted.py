@@ -18,6 +18,7 @@ from fastdistill.hf.lm_head import LMHead
 from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.gpu_slabs import forward_columns
+from fastdistill.kernels.head import Stats
 from fastdistill.training.config import DistillConfig
 from fastdistill.training.loss import Loss
 from fastdistill.training.targets import Targets
@@ -92,6 +93,25 @@ def test_at_full_size(run, limit_mb, passes, reductions):
 def test_columns_of_a_slab_without_gradients(vocab, hidden, tokens, columns):
     """The fewest that keep the GEMM of a slab at 80 µs, so that the host stays ahead."""
     assert forward_columns(vocab, hidden, tokens) == columns
+
+
+def test_recompute_at_any_number_of_tokens():
+    """Four calls of the device per slab of 2048 columns: logits, dz, dX, dW."""
+    tokens, slabs = 4 * N, -(-V // 2048)
+    with on_gpu(H200) as calls, torch.no_grad():
+        data = operands(Shape(tokens, H, V, K), torch.bfloat16)
+        x, w, ids = data.hidden, data.weight, present(data.teacher).ids
+        row = torch.empty(tokens, device="cuda")
+        stats = Stats(torch.empty(tokens, K, device="cuda"), row, None, None)
+        calls.clear()
+        with Alive(x, w, ids, *stats[:2]) as alive:
+            run = get_backend("triton").recompute
+            dx, dw, _ = run(LMHead(w), x, ids, stats, stats, **NEED, hidden_type=x.dtype)
+    assert calls.flops == 6 * tokens * V * H
+    assert calls.counts()["gemms"] == 3 * slabs
+    assert calls.kernels()["triton_grad:grad_rows"] == slabs
+    sum_of_dx = 4 * tokens * H
+    assert alive.peak - present(dx).nbytes - present(dw).nbytes < 1.3 * sum_of_dx
 
 
 def test_a_host_read_would_be_seen():
