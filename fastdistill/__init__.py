@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .teachers.fidelity import FidelityReport
     from .teachers.http import ServedTeacher
     from .teachers.local import Teacher, load_teacher
+    from .teachers.routed import RoutedTeacher
     from .training.config import DistillConfig
+    from .training.self_teacher import SelfTeacher
     from .training.trainer import DistillTrainer
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "Int8Linear",
     "LUT4Linear",
     "LinearDistillLoss",
+    "RoutedTeacher",
     "SelectedLogits",
+    "SelfTeacher",
     "ServedTeacher",
     "Teacher",
     "TeacherCache",
@@ -67,7 +71,9 @@ _NAMES_OF = {
     "losses.scores": ("token_scores",),
     "teachers.http": ("ServedTeacher",),
     "teachers.local": ("Teacher", "load_teacher"),
+    "teachers.routed": ("RoutedTeacher",),
     "training.config": ("DistillConfig",),
+    "training.self_teacher": ("SelfTeacher",),
     "training.trainer": ("DistillTrainer",),
 }
 _import_name = lazy_names(

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ..runtime.checks import fail
+from .columns import TEACHER_PROMPT
 from .encoder import IGNORE_INDEX, EncodedExample, Encoder
 from .positions import RowLimit, attended_length
 
@@ -34,8 +37,12 @@ class DistillCollator:
     more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     # The row limits of student and teacher.
     limits: tuple[RowLimit, ...] = ()
+    # The columns that the teacher reads: batch["columns"] has their values, a list for each.
+    columns: tuple[str, ...] = ()
+    # Whether a teacher reads the rows, with the prompts of the column teacher_prompt.
+    teacher_prompts: bool = False
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [
             attended_first(self.encoder(example, index, "its batch"))
             for index, example in enumerate(examples)
@@ -47,7 +54,43 @@ class DistillCollator:
         batch = padded(
             rows, self.pad_id, self.pad_to_multiple_of, prompts=self.prompts, widest=widest
         )
-        return batch if self.more is None else batch | self.more(batch)
+        if self.more is not None:
+            batch |= self.more(batch)
+        if self.teacher_prompts:
+            batch |= self._teacher_prompts(examples, rows)
+        if not self.columns:
+            return batch
+        return batch | {"columns": {name: self._column(name, examples) for name in self.columns}}
+
+    def _teacher_prompts(
+        self, examples: Sequence[Mapping[str, Any]], rows: Sequence[EncodedExample]
+    ) -> dict[str, Tensor]:
+        """Return teacher_prompt_ids and teacher_prompt_mask [B, P], and answer_start [B].
+
+        A row without the column has its own prompt there.
+        """
+        prompts = [self.encoder.teacher_prompt(example) for example in examples]
+        if all(prompt is None for prompt in prompts):
+            return {}
+        if self.more is not None:
+            hint = "its answers are for the prompts of the student"
+            fail(TEACHER_PROMPT, "no such column with a cache", "one", hint)
+        parts = [
+            row.ids[: row.prompt_length] if prompt is None else prompt
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        return {
+            "teacher_prompt_ids": pad_sequence(parts, batch_first=True, padding_value=self.pad_id),
+            "teacher_prompt_mask": pad_sequence([torch.ones_like(x) for x in parts], True),
+            "answer_start": torch.tensor([row.prompt_length for row in rows]),
+        }
+
+    def _column(self, name: str, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
+        for index, example in enumerate(examples):
+            if example.get(name) is None:
+                place = getattr(example, "source", f"example {index} of its batch")
+                fail(name, "a value in every example, which the teacher reads", f"none ({place})")
+        return [example[name] for example in examples]
 
 
 def attended_first(row: EncodedExample) -> EncodedExample:

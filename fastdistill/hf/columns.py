@@ -26,11 +26,12 @@ from ..runtime.printable import printable
 
 FORMS = "input_ids, messages, prompt and completion, or text"
 MASKS = ("assistant_masks", "completion_mask")  # of the targets
+TEACHER_PROMPT = "teacher_prompt"  # what the teacher reads before the answer, instead of the prompt
 # The columns that each form reads, in order of preference of the forms.
 _READ = {
     "input_ids": ("labels", "attention_mask", *MASKS, "position_ids", "token_type_ids"),
-    "messages": ("tools", "chat_template_kwargs"),
-    "prompt": ("completion", "tools", "chat_template_kwargs"),
+    "messages": ("tools", "chat_template_kwargs", TEACHER_PROMPT),
+    "prompt": ("completion", "tools", "chat_template_kwargs", TEACHER_PROMPT),
     "text": (),
 }
 _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
@@ -85,7 +86,17 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
         check_text("text", columns["text"])
     if form != "input_ids":
         columns |= _checked_rendering(columns, form)
+    if TEACHER_PROMPT in columns:
+        columns[TEACHER_PROMPT] = _checked_teacher_prompt(columns[TEACHER_PROMPT], form, columns)
     return form, columns
+
+
+def _checked_teacher_prompt(value: Any, form: str, columns: Mapping[str, Any]) -> Any:
+    if form not in ("messages", "prompt"):
+        fail(TEACHER_PROMPT, "messages, or prompt and completion, beside it", form)
+    if isinstance(columns[form], str):
+        return check_text(TEACHER_PROMPT, value)
+    return check_messages(TEACHER_PROMPT, value)
 
 
 def form_of(example: Mapping[Any, Any]) -> str | None:

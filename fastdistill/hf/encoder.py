@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ..runtime.checks import fail, integer
 from .chat import ChatRenderer, turn_end
-from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
+from .columns import (
+    MASKS,
+    TEACHER_PROMPT,
+    check_columns,
+    check_integers,
+    check_mask,
+    check_positions,
+)
 from .tokenized import append_end, tokenize, tokenize_pair
 from .tokenizers import with_chat_template
 
@@ -77,6 +84,9 @@ class Encoder:
       of both is a target. `prompt` alone has no target: it is for on-policy training.
     - `text`: every token is a target, including the end token.
 
+    `teacher_prompt` beside messages or a prompt is a text or messages, as the prompt is: the
+    teacher reads it instead of the prompt, and the same answer after it.
+
     The first of these forms whose column is not None is read. Other columns raise an error unless
     they are text or single values (see columns.py). The tokenizer's tokens for the beginning and
     end of a text occur once, around the whole.
@@ -130,6 +140,22 @@ class Encoder:
             if place is None:
                 place = f"example {index}" + (f" of {dataset}" if dataset else "")
             raise type(error)(f"{error} ({place})") from None
+
+    def teacher_prompt(self, example: Mapping[str, Any]) -> Tensor | None:
+        """Return the ids (P,) of `teacher_prompt`, up to the answer; None without the column."""
+        _, columns = check_columns(example)
+        prompt = columns.get(TEACHER_PROMPT)
+        if prompt is None:
+            return None
+        if not self.completion_only:
+            hint = "the teacher does not read the student's prompt"
+            fail(TEACHER_PROMPT, "completion_only_loss=True with it", "False", hint)
+        rendering = {name: columns[name] for name in ("tools", "chat_template_kwargs")}
+        others = {name: value for name, value in rendering.items() if value}
+        row = self.encode_uncut({"prompt": prompt, **others})
+        if not len(row.ids):
+            fail(TEACHER_PROMPT, "at least one token", "an empty text")
+        return row.ids
 
     def _from_text(self, form: str, columns: Mapping[str, Any]) -> EncodedExample:
         if self.tokenizer is None:

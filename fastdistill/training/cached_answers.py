@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from ..hf.columns import TEACHER_PROMPT
 from ..hf.encoder import IGNORE_INDEX, Encoder
 from ..losses.types import TopK
 from ..runtime import checks
@@ -80,6 +81,10 @@ def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, An
         return
     for name, dataset in datasets.items():
         for index, example in some_of(dataset):
+            if example.get(TEACHER_PROMPT) is not None:
+                hint = "its answers are for the prompts of the student"
+                got = f"one in example {index} of {name}"
+                checks.fail(TEACHER_PROMPT, "no such column with a cache", got, hint)
             row = encoder(example, index)
             tokens, targets = row.ids[row.attention_mask != 0], row.targets[row.attention_mask != 0]
             if not teacher.has(tokens):

@@ -30,6 +30,7 @@ from ..teachers.protocols import ScoringTeacher
 from .config import DistillConfig
 from .histograms import histograms
 from .targets import Targets
+from .teacher_view import TeacherView
 from .token_selection import Selection, TokenSelection, weights_of
 
 # Columns of the per-sequence sums that evaluation gathers instead of logits.
@@ -65,37 +66,35 @@ class ScoringAnswers(NamedTuple):
     """A teacher that scores any ids at the targets of a batch, for example in a server."""
 
     teacher: ScoringTeacher
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T)
-    targets: Targets
+    view: TeacherView
     monitor: AnswerMonitor
 
     def at(self, indices: Tensor) -> ScoringAnswers:
-        return self._replace(targets=self.targets.take(indices))
+        return self._replace(view=self.view._replace(targets=self.view.targets.take(indices)))
 
     def topk(self, k: int, temperature: float, impl: str) -> TopK:
-        answers = self.teacher.topk(
-            self.input_ids, self.attention_mask, k=k, temperature=temperature
-        )
+        ids, mask, _, options = self.view
+        answers = self.teacher.topk(ids, mask, k=k, temperature=temperature, **options)
         return self._checked(answers, k)
 
     def logprobs_at(self, ids: Tensor, temperature: float, impl: str) -> TopK:
-        B, T = self.targets.shape
-        slots = ids.new_full((B * T, ids.shape[-1]), -1)
-        slots[self.targets.sources] = ids
+        input_ids, mask, targets, options = self.view
+        slots = ids.new_full((input_ids.numel(), ids.shape[-1]), -1)
+        slots[targets.sources] = ids
+        slots = slots.view(*input_ids.shape, -1)
         answers = self.teacher.logprobs_at(
-            self.input_ids, self.attention_mask, slots.view(B, T, -1), temperature=temperature
+            input_ids, mask, slots, temperature=temperature, **options
         )
         return self._checked(answers, ids.shape[-1])
 
     def _checked(self, answers: TopK, slots: int) -> TopK:
-        problem = find_shape_error(answers, self.targets.shape, slots)
+        targets = self.view.targets
+        problem = find_shape_error(answers, targets.shape, slots)
         if problem is not None:
             raise ValueError(f"teacher: {problem}")
-        at_targets = self.targets.gather_topk(answers.to(self.input_ids.device))
-        positions = self.targets.sources % self.targets.shape[1]
-        rules = AnswerRules(nothing=True)
-        self.monitor.check(at_targets, self.targets.rows, positions, rules)
+        at_targets = targets.gather_topk(answers.to(self.view.input_ids.device))
+        positions = targets.sources % targets.shape[1]
+        self.monitor.check(at_targets, targets.rows, positions, AnswerRules(nothing=True))
         return at_targets
 
 

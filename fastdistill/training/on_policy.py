@@ -31,6 +31,8 @@ from .checks.dataset import some_of
 from .config import DistillConfig
 
 EXCERPTS = 3  # samples per log
+# Entries of a batch that do not depend on the completions.
+_CARRIED = ("teacher_prompt_ids", "teacher_prompt_mask", "columns")
 PROMPT_CHARS, COMPLETION_CHARS = 200, 400  # of a sample in the log
 
 
@@ -150,7 +152,8 @@ def sample(
         ids = torch.cat([prompt, completion])
         targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
         rows.append(EncodedExample(ids, targets, torch.ones_like(ids)))
-    return {name: column.to(device) for name, column in padded(rows, pad_id).items()}
+    carried = {name: batch[name] for name in _CARRIED if name in batch}
+    return {name: x.to(device) for name, x in padded(rows, pad_id).items()} | carried
 
 
 def excerpts(batch: Mapping[str, Tensor], tokenizer: Any) -> list[dict[str, str]]:

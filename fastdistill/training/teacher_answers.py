@@ -19,6 +19,7 @@ from .checks.signal import check_alignment
 from .config import DistillConfig
 from .loss import Answers, ScoringAnswers, TeacherHidden
 from .targets import Targets, targets_of
+from .teacher_view import TeacherView, teacher_view
 
 
 def get_answers(
@@ -43,17 +44,17 @@ def get_answers(
     targets = targets_of(batch)
     if teacher is None:
         return targets, None
+    view = teacher_view(teacher, batch, targets)
     monitor = AnswerMonitor() if monitor is None else monitor
     positions = targets.sources % targets.shape[1]
     by_student = config.support != "teacher" and len(targets.labels) > 0
     if by_student and not isinstance(teacher, DenseTeacher):
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return targets, ScoringAnswers(teacher, ids, mask, targets, monitor)
+        return targets, ScoringAnswers(teacher, view, monitor)
     if config.k is None or by_student:
-        dense = _teacher_hidden(teacher, batch, targets)
+        dense = _teacher_hidden(teacher, view)
         monitor.check_hidden(dense.hidden, targets.rows, positions)
         return targets, dense
-    answers = _topk(teacher, batch, targets, config, check)
+    answers = _topk(teacher, batch, view, config, check)
     teacher_vocab = getattr(teacher, "vocab_size", None)
     if not hasattr(teacher, "valid_vocab") and teacher_vocab and vocab and teacher_vocab > vocab:
         monitor.check(answers, targets.rows, positions, AnswerRules(vocab=teacher_vocab))
@@ -77,35 +78,35 @@ def has_trusted_positions(teacher: Any) -> bool:
     return isinstance(teacher, Teacher) and type(teacher).topk is Teacher.topk
 
 
-def _teacher_hidden(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> TeacherHidden:
-    ids = batch["input_ids"]
+def _teacher_hidden(teacher: Any, view: TeacherView) -> TeacherHidden:
+    ids = view.input_ids
     head = teacher.head.to(ids.device)
-    if not len(targets.labels):
+    if not len(view.targets.labels):
         return TeacherHidden(head.weight[:0], head)
     with torch.no_grad():
-        hidden = teacher.hidden(ids, batch["attention_mask"])
+        hidden = teacher.hidden(ids, view.attention_mask, **view.options)
     if hidden.shape[:2] != ids.shape:
         B, T = ids.shape
         expected = f"hidden states of shape [{B}, {T}, …], one per position of input_ids"
         checks.fail("teacher", expected, list(hidden.shape))
-    return TeacherHidden(targets.gather(hidden.to(ids.device)), head)
+    return TeacherHidden(view.targets.gather(hidden.to(ids.device)), head)
 
 
 def _topk(
-    teacher: Any, batch: Mapping[str, Tensor], targets: Targets, config: DistillConfig, check: bool
+    teacher: Any, batch: Mapping[str, Tensor], view: TeacherView, config: DistillConfig, check: bool
 ) -> TopK:
-    ids, mask, k = batch["input_ids"], batch["attention_mask"], config.k
+    ids, k, T = view.input_ids, config.k, config.temperature
     assert k is not None
-    if not len(targets.labels):
-        return TopK.empty((0, k), config.temperature, device=ids.device)
-    arguments = {}
+    if not len(view.targets.labels):
+        return TopK.empty((0, k), T, device=ids.device)
+    arguments = dict(view.options)
     trusted = has_trusted_positions(teacher)
     if isinstance(teacher, Teacher) and trusted:
         arguments["where"] = torch.zeros_like(ids, dtype=torch.bool)
-        arguments["where"].view(-1)[targets.sources] = True
-    answers = answers_from_batch(batch, config.temperature)
+        arguments["where"].view(-1)[view.targets.sources] = True
+    answers = answers_from_batch(batch, T)
     if answers is None:
-        answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **arguments)
+        answers = teacher.topk(ids, view.attention_mask, k=k, temperature=T, **arguments)
         problem = find_shape_error(answers, ids.shape, k)
         if problem is not None:
             raise ValueError(f"teacher: {problem}")
@@ -113,5 +114,5 @@ def _topk(
     if check and not trusted:
         vocab = getattr(teacher, "vocab_size", None) or int(ids.max()) + 1
         before_last = answers.map(lambda tensor: tensor[:, :-1])
-        check_alignment(before_last, batch["labels"][:, 1:], vocab)
-    return targets.gather_topk(answers)
+        check_alignment(before_last, view.labels[:, :-1], vocab)
+    return view.targets.gather_topk(answers)

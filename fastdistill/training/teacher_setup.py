@@ -22,6 +22,7 @@ from ..teachers.protocols import DenseTeacher, ScoringTeacher, TopKTeacher
 from .cached_answers import check_cache_settings
 from .checks.shared_storage import models_in, shared_parameters
 from .config import DistillConfig
+from .self_teacher import SelfTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,11 @@ def resolve_teacher(
     Raises:
         ValueError, TypeError: the teacher cannot teach this student.
     """
-    if teacher is not None:
+    if isinstance(teacher, SelfTeacher):
+        if config.fsdp or config.deepspeed:
+            checks.fail("teacher", "another model with FSDP or DeepSpeed", "the student itself")
+        teacher.attach(student, processing_class, config.impl)
+    elif teacher is not None:
         check_own_weights(teacher, student)
     loadable = isinstance(teacher, (nn.Module, str, Path))
     if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):

@@ -44,6 +44,7 @@ from .logs.run_log import RunLog
 from .loss import Answers, Loss, LossResult, ScoringAnswers, TeacherHidden
 from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
+from .self_teacher import FollowStudent, SelfTeacher
 from .student import (
     check_packable,
     compile_body,
@@ -78,8 +79,8 @@ class DistillTrainer(WholeCheckpoints):
             `save_quantized` are expanded.
         teacher: a model; a path, hub name or URL, opened as by `load_teacher`: a Teacher, a
             TeacherCache or a ServedTeacher; or any object with topk(...) or hidden(...) and head
-            (see teachers/protocols.py). None trains on the labels alone with the same code, and
-            needs ce_weight=1.0.
+            (see teachers/protocols.py). "self" is SelfTeacher(), the student's own weights. None
+            trains on the labels alone with the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
             completion, text, or input_ids (see hf/encoder.py).
@@ -135,7 +136,10 @@ class DistillTrainer(WholeCheckpoints):
             max_length=args.max_length,
             template_tokens=args.train_on_template_tokens,
         )
-        teacher = open_teacher(teacher)
+        is_self = isinstance(teacher, str) and teacher == "self"
+        teacher = SelfTeacher() if is_self else open_teacher(teacher)
+        if isinstance(teacher, SelfTeacher):
+            callbacks = [*(callbacks or []), FollowStudent(teacher)]
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
@@ -150,6 +154,8 @@ class DistillTrainer(WholeCheckpoints):
                     encoder=encoder,
                     prompts=args.lmbda > 0,
                     more=cache_lookup(teacher, args),
+                    columns=tuple(getattr(teacher, "columns", ())),
+                    teacher_prompts=teacher is not None,
                 ),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -321,6 +327,16 @@ class DistillTrainer(WholeCheckpoints):
             trusted = isinstance(answers, TeacherHidden) or has_trusted_positions(self.teacher)
             check_teacher_matches_text(self.panel.signal, positions_trusted=trusted)
         return loss(hidden, head)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.teacher, SelfTeacher) and self.is_world_process_zero():
+            self.teacher.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if isinstance(self.teacher, SelfTeacher) and checkpoint is not None:
+            self.teacher.load(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._monitor.read()
