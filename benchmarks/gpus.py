@@ -46,8 +46,10 @@ GPUS = {gpu.name: gpu for gpu in (H200,)}
 class Host:
     """Seconds of Python and C++ on the host for one call of each kind."""
 
-    # A launch of reduce_rows through Triton's C launcher over a stub driver: 48 µs, 2 for the guard
-    # of the device. `python -m benchmarks.host_costs` measures the rest on any machine.
+    # A launch of reduce_rows through Triton's C launcher over a stub driver took 21 to 48 µs on one
+    # core at different loads; the larger is used, with 2 µs for the guard of the device. Products
+    # and operators: usual figures of PyTorch on a GPU. `python -m benchmarks.host_costs` measures
+    # what needs no driver.
     launch: float = 50e-6
     gemm: float = 10e-6
     operator: float = 5e-6

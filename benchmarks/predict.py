@@ -48,6 +48,10 @@ class Prediction:
     bound: str
     parts: dict[str, float]
 
+    @property
+    def case(self) -> str:
+        return f"{self.op}, {label(Shape(self.N, self.H, self.V, self.K))}, {self.dtype}"
+
 
 def operands(shape: Shape, dtype: torch.dtype) -> Data:
     """Inputs of any op, without values."""
@@ -122,10 +126,9 @@ def table(all_predictions: list[Prediction]) -> str:
     heads = ("op", "impl", "floor ms", "predicted", "ratio", "GPU ms", "host ms")
     lines, last = [f"predicted for one {all_predictions[0].gpu}; nothing was measured"], None
     for p in all_predictions:
-        case = f"{p.op}, {label(Shape(p.N, p.H, p.V, p.K))}, {p.dtype}"
-        if case != last:
-            lines += ["", case, form.format(*heads, "launches", "GEMMs", "operators", "bound")]
-            last = case
+        if p.case != last:
+            lines += ["", p.case, form.format(*heads, "launches", "GEMMs", "operators", "bound")]
+            last = p.case
         figures = (p.floor_ms, p.predicted_ms, p.ratio, p.gpu_ms, p.host_ms)
         cells = [f"{figure:.2f}" for figure in figures]
         counts = (p.launches, p.gemms, p.operators)
