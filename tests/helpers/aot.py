@@ -203,10 +203,44 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
     return kernels
 
 
+def recorded(version: str) -> dict[str, Any] | None:
+    """The recorded table for this version of Triton; None if there is none."""
+    stored = json.loads(RECORD.read_text())
+    kernels: dict[str, Any] = stored["kernels"]
+    if version == stored["triton"]:
+        return kernels
+    if version not in stored["older"]:
+        return None
+    for name, targets in stored["older"][version].items():
+        for target, limits in targets.items():
+            kernels[name][target] |= limits
+    return kernels
+
+
+def exceeds(measured: dict[str, int], allowed: dict[str, int]) -> bool:
+    """Whether a kernel needs more than was recorded; 4 registers more are allowed."""
+    return (
+        measured["registers"] > allowed["registers"] + 4 or measured["shared"] > allowed["shared"]
+    )
+
+
+def with_table(old: dict[str, Any], version: str, kernels: dict[str, Any]) -> dict[str, Any]:
+    """The record with a new table; of an older version than the main one, what exceeds that."""
+    if [*map(int, version.split("."))] >= [*map(int, old["triton"].split("."))]:
+        return old | {"triton": version, "kernels": kernels}
+    more: dict[str, Any] = {}
+    for name, targets in kernels.items():
+        for target, at in targets.items():
+            if exceeds(at, old["kernels"][name][target]):
+                limits = {"registers": at["registers"], "shared": at["shared"]}
+                more.setdefault(name, {})[target] = limits
+    return old | {"older": old["older"] | {version: more}}
+
+
 if __name__ == "__main__":
     rows = record([int(t) for t in sys.argv[1:] if t.isdigit()])
     if "--record" in sys.argv:
-        recorded = {"triton": triton.__version__, "kernels": table(rows)}
-        RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+        new = with_table(json.loads(RECORD.read_text()), triton.__version__, table(rows))
+        RECORD.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
     else:
         print(json.dumps(rows, indent=1))
