@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import rows
+from benchmarks import host_costs, rows
 from benchmarks.__main__ import main
 from benchmarks.counted import Calls, Gemm, Launch, Operator, Sizes, on_gpu
 from benchmarks.gpus import H200, Host
@@ -150,3 +150,13 @@ def test_a_measured_row_shows_its_prediction_where_there_is_one(tmp_path):
     (path, _) = rows.write([row], tmp_path / "some")
     (record,) = json.loads(path.read_text(encoding="utf-8"))
     assert (record["predicted_ms"], record["predicted_host_ms"]) == (1.25, 0.5)
+
+
+def test_the_costs_of_the_host_can_be_measured_again(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(host_costs, "REPEATS", 1)
+    monkeypatch.setattr(host_costs, "CALLS", 1)
+    host_costs.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(line.endswith(" µs") for line in lines)
