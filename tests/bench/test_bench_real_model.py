@@ -1,0 +1,70 @@
+"""The study of a real language model: its table and picture, from figures made here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import real_model
+from benchmarks.real_model import ARMS, LABELS, ON_POLICY, TOP_K
+from fastdistill.runtime.json_text import read_json
+
+COSTS = {arm.name: 3.0 for arm in ARMS} | {"cache": 1.0, "labels": 2.0}
+COSTS |= {"sampled": 7.0, "not sampled": 5.0}
+
+
+def record(arm, seed, added):
+    figures = {"nll": 3.0 + added * (1 + 0.1 * seed), "kl": 1.0, "agreement": 0.5, "top1": 0.2}
+    points = [
+        {"step": step, "text": figures, "chat": figures}
+        for step in real_model.steps_of(arm, 4, COSTS)
+    ]
+    return {"config": {"arm": {"name": arm.name}, "seed": seed}, "points": points}
+
+
+@pytest.fixture(scope="module")
+def result():
+    records = [
+        record(arm, seed, added)
+        for seed in range(3)
+        for arm, added in ((TOP_K, 0.0), (LABELS, 0.5), (ON_POLICY, 0.25))
+    ]
+    return {
+        "table": real_model.summarize(records, 4, COSTS),
+        "steps_of": {arm.name: real_model.steps_of(arm, 4, COSTS) for arm in ARMS},
+        "cpu_seconds": COSTS,
+        "start": {"teacher": {kind: {"nll": 2.0} for kind in ("text", "chat")}},
+    }
+
+
+def test_equal_time_is_the_time_of_top_k_kl_with_its_cache(result):
+    assert result["steps_of"]["labels"] == [4, 8]
+    assert result["steps_of"]["hard labels"] == [4, 4]
+    assert result["steps_of"]["on-policy"] == [2]
+    for arm, seconds in (("top-k KL", 16), ("labels", 16), ("hard labels", 16), ("on-policy", 12)):
+        assert real_model.seconds_of(arm, result["steps_of"][arm][-1], result) == seconds
+
+
+def test_the_table_has_paired_differences_from_labels(result):
+    lines = real_model.markdown(result).splitlines()
+    row = next(line for line in lines if line.startswith("| top-k KL | 4 |"))
+    assert row.split(" | ")[3:5] == ["3.000 ± 0.000", "-0.550 ± 0.124"]
+    assert not any("reverse" in line for line in lines)  # an arm without a finished run
+
+
+def test_arms_that_learn_from_labels_have_the_rate_of_labels():
+    arms = real_model.with_rates(ARMS, {"labels": 2.0, "top-k KL": 1.0})
+    assert {arm.name for arm in arms if arm.learning_rate == 2.0} == {"labels", "hard labels"}
+    assert replace(arms[0], learning_rate=TOP_K.learning_rate) == TOP_K
+
+
+def test_the_results_are_written_with_their_picture(result, tmp_path):
+    drawing = tmp_path / "picture.svg"
+    real_model.write(result, tmp_path, drawing)
+    assert read_json(tmp_path / "real_model.json", dict)["table"] == result["table"]
+    assert (tmp_path / "real_model.csv").read_text().count("\n") == 1 + len(result["table"])
+    assert (tmp_path / "real_model.png").stat().st_size > 1000
+    texts = re.findall(r">([^<]+)</text>", drawing.read_text("utf-8"))
+    assert {"Held-out prose", "Held-out chat answers", "top-k KL", "labels"} <= set(texts)
