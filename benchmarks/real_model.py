@@ -300,6 +300,34 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def conclusion(result: dict[str, Any]) -> str:
+    """Return whether top-k KL beats labels at equal time, on each kind of text, with intervals."""
+    sentences = []
+    for kind, name in (("text", "prose"), ("chat", "chat answers")):
+        row = next(
+            row
+            for row in result["table"]
+            if (row["arm"], row["steps"], row["text"], row["figure"])
+            == (TOP_K.name, result["steps_of"][TOP_K.name][0], kind, "nll")
+        )
+        value, low, high, n = (
+            row[f"minus_labels_at_equal_time_{part}"] for part in ("value", "low", "high", "n")
+        )
+        if value is None:
+            sentences.append(f"On held-out {name}, no seed has both students yet.")
+            continue
+        gap = f"{value:+.3f} nats per token"
+        if low is None:
+            sentences.append(f"On held-out {name}: {gap} from labels; one seed has no interval.")
+            continue
+        side = "better than" if high < 0 else "worse than" if low > 0 else "not clearly unlike"
+        sentences.append(
+            f"On held-out {name}, top-k KL is {side} labels at equal time: {gap} "
+            f"[{low:+.3f}, {high:+.3f}], {n} seeds."
+        )
+    return " ".join(sentences)
+
+
 def seconds_of(arm: str, steps: int, result: dict[str, Any]) -> float:
     """Return the CPU seconds of a number of steps, with the teacher's answers."""
     costs = result["cpu_seconds"]
@@ -375,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args.out, args.steps, args.seeds)
     else:
         result = document(args.out, args.steps, args.seeds)
-        print(markdown(result))
+        print(markdown(result), conclusion(result), sep="\n\n")
         if args.verb == "write":
             write(result)
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import real_model
-from benchmarks.real_model import ARMS, LABELS, ON_POLICY, TOP_K
+from benchmarks.real_model import ARMS, ON_POLICY
+from fastdistill.alignment.experiment.demo.smollm2.runs import LABELS, TOP_K
 from fastdistill.runtime.json_text import read_json
 
 COSTS = {arm.name: 3.0 for arm in ARMS} | {"cache": 1.0, "labels": 2.0}
@@ -52,6 +53,20 @@ def test_the_table_has_paired_differences_from_labels(result):
     row = next(line for line in lines if line.startswith("| top-k KL | 4 |"))
     assert row.split(" | ")[3:5] == ["3.000 ± 0.000", "-0.550 ± 0.124"]
     assert not any("reverse" in line for line in lines)  # an arm without a finished run
+
+
+def test_the_conclusion_follows_the_interval(result):
+    assert "prose, top-k KL is better than labels at equal time: -0.550" in (
+        real_model.conclusion(result)
+    )
+    worse = [
+        {k: -v if k.startswith("minus") and v else v for k, v in row.items()}
+        for row in result["table"]
+    ]
+    for row in worse:
+        low, high = (f"minus_labels_at_equal_time_{name}" for name in ("low", "high"))
+        row[low], row[high] = row[high], row[low]
+    assert "top-k KL is worse than labels" in real_model.conclusion({**result, "table": worse})
 
 
 def test_arms_that_learn_from_labels_have_the_rate_of_labels():

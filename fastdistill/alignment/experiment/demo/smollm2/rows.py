@@ -98,8 +98,8 @@ def answer_prompts(
     an earlier call is read instead.
     """
     if path.is_file():
-        lines = JsonLines(path)
-        return [Answer(**lines[i]) for i in range(len(lines))]
+        stored = JsonLines(path)
+        return [Answer(**stored[i]) for i in range(len(stored))]
     tokenizer = teacher.tokenizer
     collate = DistillCollator(pad_id=tokenizer.pad_token_id, prompts=True)
     config = DistillConfig(str(path.parent), max_new_tokens=ANSWER, use_cpu=True, report_to=[])
