@@ -126,8 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def vllm(model, **options):
-    server = VLLM(model, **options)
+def vllm(model, kind=VLLM, **options):
+    server = kind(model, **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
