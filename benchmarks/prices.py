@@ -47,6 +47,7 @@ TOPK_RATE = 2048 * 131072 * 4 / 3.01e-3
 # largest logits and moments, otherwise, and for a second temperature.
 REDUCE_INSTRUCTIONS = {True: 34, False: 19}
 REDUCE_BASE = 11
+GROUP_INSTRUCTIONS = 29  # of reduce_groups per logit
 ENTRY = 0.375e-6  # sum_runs: one entry of a run, whose loads depend on one another
 LONGEST_RUN = 0.3  # share of the tokens whose answers contain the most frequent id
 
@@ -62,6 +63,11 @@ def _reduced(gpu: GPU, launch: Launch, rate: float) -> float:
     a = launch.arguments
     each = REDUCE_INSTRUCTIONS[a["BEST"]] + REDUCE_BASE * a["BASE"]
     return max(_moved(launch) / rate, math.prod(a["p_raw"].shape) * each / gpu.instructions)
+
+
+def _grouped(gpu: GPU, launch: Launch, rate: float) -> float:
+    logits = math.prod(launch.arguments["p_raw"].shape)
+    return max(_moved(launch) / rate, logits * GROUP_INSTRUCTIONS / gpu.instructions)
 
 
 def _rows(gpu: GPU, launch: Launch, rate: float) -> float:
@@ -89,7 +95,7 @@ def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
 
 PRICES: dict[str, Price] = {
     "triton_reduce:reduce_rows": _reduced,
-    "triton_topk:reduce_groups": _streamed,
+    "triton_topk:reduce_groups": _grouped,
     "triton_token_loss:token_loss": _streamed,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,

@@ -14,7 +14,7 @@ CPU_BLOCK_TOKENS = 1024
 def get_backend(impl: str) -> Backend:
     """Return the backend called `impl`; Triton is imported when its first kernel is launched."""
     if impl == "triton":
-        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs
+        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs, gpu_topk
 
         return Backend(
             gpu_slabs.scan,
@@ -23,12 +23,12 @@ def get_backend(impl: str) -> Backend:
             gpu_slabs.recompute,
             gpu_gather.forward,
             gpu_gather.backward,
-            gpu_slabs.topk,
+            gpu_topk.topk,
+            gpu_topk.topk_memory,
             gpu_dense.dense_sums,
             gpu_dense.dense_grads,
             gpu_rows.scale_,
             gpu_slabs.BLOCK_TOKENS,
-            topk_needs_buffer=True,
         )
     return Backend(
         torch_slabs.scan,
@@ -38,9 +38,9 @@ def get_backend(impl: str) -> Backend:
         torch_gather.forward,
         torch_gather.backward,
         torch_slabs.topk,
+        lambda *sizes: (CPU_BLOCK_TOKENS, None),
         torch_dense.dense_sums,
         torch_dense.dense_grads,
         torch_grads.scale_,
         CPU_BLOCK_TOKENS,
-        topk_needs_buffer=False,
     )

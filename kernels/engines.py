@@ -26,12 +26,12 @@ class Backend(NamedTuple):
     chunk_grads        turn the stored logits of a chunk into dz; add its share of dX, dW, db
     recompute          dX, dW, db of all tokens from upstream gradients; recomputes the logits
     gather             logits of the given ids alone; gather_grads is its backward
-    topk               the k largest of each row and the log-sum-exp of the rest
+    topk               the k largest of each row and the log-sum-exp of the rest, at temperatures
+    topk_memory        tokens per call of topk, and memory for their logits or None
     dense_sums         D, Σψ and the label's logit of a chunk stored for both heads
     dense_grads        turn the same chunk into dz; add its share of dX, dW, db
     scale_             multiply a gradient by a 0-dim factor in place; 1 costs no pass over it
     block_tokens       tokens per scan
-    topk_needs_buffer  whether topk needs memory for the logits of a chunk
     """
 
     scan: Callable[..., Scanned]
@@ -40,9 +40,9 @@ class Backend(NamedTuple):
     recompute: Callable[..., Grads]
     gather: Callable[..., Tensor]
     gather_grads: Callable[..., Grads]
-    topk: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    topk: Callable[..., list[tuple[Tensor, Tensor, Tensor]]]
+    topk_memory: Callable[..., tuple[int, Tensor | None]]
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
     scale_: Callable[[Tensor, Tensor], Tensor]
     block_tokens: int
-    topk_needs_buffer: bool

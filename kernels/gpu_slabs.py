@@ -6,7 +6,6 @@ scan         one GEMM writes a stored chunk, one reduction reads it: 2NVH FLOPs,
 chunk_grads  a stored chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
 recompute    vocabulary slabs outermost, the logits again: 8NVH in all; each dW slab is rounded
              once, dX is summed in fp32
-topk         torch.topk on a stored chunk, then the reduction without the k
 
 With a 16-bit head, dz of the slots is rounded in the operand of the GEMMs. The rounding error is
 added to dX in fp32, since these entries are the largest by far.
@@ -22,7 +21,6 @@ from .gpu_launch import add_product, product, sums_at_scale
 from .gpu_rows import Running, grad_rows
 from .head import (
     LMHead,
-    RunningLSE,
     Scanned,
     Stats,
     blocks,
@@ -74,7 +72,7 @@ def logits_view(head: LMHead, buffer: Tensor, tokens: int) -> Tensor:
     return buffer[:tokens, : head.vocab_size]
 
 
-def _all_products(head: LMHead, hidden_nH: Tensor, raw_nV: Tensor) -> None:
+def all_products(head: LMHead, hidden_nH: Tensor, raw_nV: Tensor) -> None:
     """raw = x Wᵀ: one GEMM, or one per slab of a weight that is not dense."""
     V = head.vocab_size
     for at in vocabulary_slabs(head, slab_columns(V) if head.is_packed else max(1, V)):
@@ -100,7 +98,7 @@ def scan(
     running = Running(head, ids_nS, moments, base, best, label_u_n)
     if buffer is not None:
         raw = logits_view(head, buffer, n)
-        _all_products(head, hidden_nH, raw)
+        all_products(head, hidden_nH, raw)
         running.block(slice(0, n))(slice(0, V), raw)
         return running.scanned()
     size = min(n, BLOCK_TOKENS)
@@ -316,24 +314,3 @@ def _recompute_memory(
         memory = head.weight.new_empty(count, dtype=wide)
     slab = memory[: tokens * columns].view(tokens, columns)
     return slab, memory[tokens * columns :].view(columns, H) if in_fp32 else None
-
-
-def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites buffer."""
-    n = hidden_nH.shape[0]
-    z_nV = logits_view(head, buffer, n)
-    _all_products(head, hidden_nH, z_nV)
-    if head.bias is not None:
-        z_nV += head.bias[: head.vocab_size].to(z_nV.dtype)
-    if head.logit_scale != 1.0:
-        z_nV *= head.logit_scale
-    if head.softcap is not None:
-        z_nV.div_(head.softcap).tanh_().mul_(head.softcap)
-    if head.temperature != 1.0:
-        z_nV /= head.temperature
-    best = z_nV.topk(k, dim=-1)
-    plain = LMHead(head.weight, valid_vocab=head.valid_vocab)
-    running = Running(plain, best.indices, 0, False, False, None)
-    running.block(slice(0, n))(slice(0, head.vocab_size), z_nV)
-    rest: RunningLSE = running.scanned().rest
-    return best.values, best.indices, rest.lse()

@@ -1,11 +1,14 @@
 """linear_topk: the k largest log-probabilities of softmax(logits / T), and exact tails.
 
 The tail is summed over the tokens outside the k: 1 − Σ exp would lose it in fp32 when the k hold
-almost all mass. The logits of one chunk of tokens are stored for that (never [N, V]), or each slab
-removes its own k.
+almost all mass. Several temperatures share the product with the head. The logits of one chunk of
+tokens or of one slab are stored, never [N, V].
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +17,36 @@ from .engines import Backend
 from .head import LMHead, blocks
 from .token_loss import ABSENT, log_tail_of
 
-# Logits of one chunk: enough tokens to hide the reading of W behind the products.
-CHUNK_BYTES = 512 << 20
+
+class TopRows(NamedTuple):
+    """ids int64 [N, k] by falling probability, logprobs [N, k], log_tail [N], −inf if k = V."""
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
 
 
 def topk(
-    backend: Backend, head: LMHead, hidden_NH: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids int64 [N, k] by falling probability, logprobs [N, k], log_tail [N], −inf if k = V)."""
-    N, V = hidden_NH.shape[0], head.vocab_size
-    ids = hidden_NH.new_empty(N, k, dtype=torch.int64)
-    logprobs = hidden_NH.new_empty(N, k, dtype=head.dtype)
-    log_tail = hidden_NH.new_empty(N, dtype=head.dtype)
-    step, buffer = backend.block_tokens, None
-    if backend.topk_needs_buffer:
-        step = max(1, min(CHUNK_BYTES // (V * head.dtype.itemsize), -(-N // 2)))
-        buffer = backend.new_logits_buffer(head, min(step, N))
+    backend: Backend, head: LMHead, hidden_NH: Tensor, k: int, temperatures: Sequence[float]
+) -> list[TopRows]:
+    """The answers at each temperature; the head's own does not count."""
+    N = hidden_NH.shape[0]
+    answers = [  # of z and lse_rest first
+        TopRows(
+            hidden_NH.new_empty(N, k, dtype=torch.int64),
+            hidden_NH.new_empty(N, k, dtype=head.dtype),
+            hidden_NH.new_empty(N, dtype=head.dtype),
+        )
+        for _ in temperatures
+    ]
+    step, buffer = backend.topk_memory(head, N, k, len(temperatures))
     for at in blocks(N, step):
-        z, ids[at], lse_rest = backend.topk(head, hidden_NH[at], k, buffer)
+        parts = backend.topk(head, hidden_NH[at], k, temperatures, buffer)
+        for answer, (z, ids, lse_rest) in zip(answers, parts, strict=True):
+            answer.ids[at], answer.logprobs[at], answer.log_tail[at] = ids, z, lse_rest
+    del buffer
+    for _, z, lse_rest in answers:
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
-        logprobs[at] = z - lse.unsqueeze(-1)
-        log_rest = log_tail_of(logprobs[at], lse_rest - lse)
-        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, log_rest)
-    return ids, logprobs, log_tail
+        log_rest = log_tail_of(z.sub_(lse.unsqueeze(-1)), lse_rest - lse)
+        lse_rest.copy_(torch.where(lse_rest < ABSENT, -torch.inf, log_rest))
+    return answers

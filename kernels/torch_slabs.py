@@ -15,7 +15,7 @@ valid_vocab on), v rows of this slab, S slots. `*_T` is a transposed view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -248,30 +248,46 @@ def grad_slab_(
 
 
 def topk(
-    head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); uses one slab.
-
-    The k largest so far are merged with those of each slab. Dropped values are added to the rest,
-    so the rest is a sum and never a difference.
-    """
+    head: LMHead,
+    hidden_nH: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    buffer: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per temperature (z [n, k] by falling value, ids int64 [n, k], lse_rest [n])."""
     n = hidden_nH.shape[0]
     matmul = Matmul(head, hidden_nH)
     u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
-    best_nk, ids_nk = u_1n.new_empty(n, 0), u_1n.new_empty(n, 0, dtype=torch.int64)
-    rest_n = u_1n.new_full((n,), -torch.inf)
+    answers = [_RunningTopK(k, u_1n) for _ in temperatures]
     for at in slabs(head, n):
         rows = at.stop - at.start
         if u_1n.shape[0] < rows:
             u_1n = u_1n.new_empty(rows, n)
-        z_vn = matmul.logits(at, u_1n[:rows]).div_(head.temperature)
-        values, ids, rest = row_topk(z_vn.t().contiguous(), min(k, rows))
-        all_values, all_ids = (
-            torch.cat([best_nk, values], -1),
-            torch.cat([ids_nk, ids + at.start], -1),
-        )
-        best_nk, order = all_values.topk(min(k, all_values.shape[1]), -1)
-        ids_nk = all_ids.gather(-1, order)
+        u_vn = matmul.logits(at, u_1n[:rows])
+        for T, answer in zip(temperatures, answers, strict=True):
+            z_vn = u_vn.div_(T) if answer is answers[-1] else u_vn / T
+            answer.add(at.start, z_vn.t().contiguous())
+    return [(answer.z_nk, answer.ids_nk, answer.rest_n) for answer in answers]
+
+
+class _RunningTopK:
+    """The k largest z so far and the log-sum-exp of all others.
+
+    Values that a later slab displaces are added to the rest: it is a sum, never a difference.
+    """
+
+    def __init__(self, k: int, like_1n: Tensor) -> None:
+        n, self.k = like_1n.shape[1], k
+        self.z_nk = like_1n.new_empty(n, 0)
+        self.ids_nk = like_1n.new_empty(n, 0, dtype=torch.int64)
+        self.rest_n = like_1n.new_full((n,), -torch.inf)
+
+    def add(self, start: int, z_nv: Tensor) -> None:
+        """Add a slab of logits whose first id is `start`."""
+        values, ids, rest = row_topk(z_nv, min(self.k, z_nv.shape[1]))
+        all_values = torch.cat([self.z_nk, values], -1)
+        all_ids = torch.cat([self.ids_nk, ids + start], -1)
+        self.z_nk, order = all_values.topk(min(self.k, all_values.shape[1]), -1)
+        self.ids_nk = all_ids.gather(-1, order)
         dropped = all_values.scatter(-1, order, -torch.inf).logsumexp(-1)
-        rest_n = torch.logaddexp(torch.logaddexp(rest_n, rest), dropped)
-    return best_nk, ids_nk, rest_n
+        self.rest_n = torch.logaddexp(torch.logaddexp(self.rest_n, rest), dropped)

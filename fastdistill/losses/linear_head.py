@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,18 +136,31 @@ def linear_topk(
         >>> answers.ids.shape, answers.log_tail.shape
         (torch.Size([5, 8]), torch.Size([5]))
     """
-    ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
+    head = LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature)
+    return topk_at(hidden, head, k, (temperature,), impl)[0]
+
+
+@torch.no_grad()
+def topk_at(
+    hidden: Tensor, head: LMHead, k: int, temperatures: Sequence[float], impl: str
+) -> list[TopK]:
+    """Return `linear_topk` at several temperatures, with one product with the head."""
+    for T in temperatures:
+        checks.positive("temperature", T)
+    ops = operands(hidden, head._replace(temperature=1.0))
     impl = resolve_impl(impl, hidden.device)
     if not isinstance(k, int) or not 1 <= k <= ops.vocab:
         checks.fail("k", f"an integer in 1..{ops.vocab} (V)", repr(k))
     if impl == "reference":
         from . import reference
 
-        best = reference.linear_topk(ops.hidden, ops.head, k)
+        heads = [ops.head._replace(temperature=float(T)) for T in temperatures]
+        answers = [reference.linear_topk(ops.hidden, each, k) for each in heads]
     else:
         with torch.autocast(hidden.device.type, enabled=False):
-            best = TopK(*topk(get_backend(impl), ops.head, ops.hidden, k), ops.head.temperature)
-    return best.map(ops.unflatten)
+            rows = topk(get_backend(impl), ops.head, ops.hidden, k, temperatures)
+        answers = [TopK(*best, float(T)) for best, T in zip(rows, temperatures, strict=True)]
+    return [answer.map(ops.unflatten) for answer in answers]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..hf.lm_head import LMHead, head_of, rows_of_head, verify_head
 from ..hf.offloading import check_whole
 from ..hf.positions import RowLimit
 from ..hf.row_reader import BatchedForward, read_rows
-from ..losses.linear_head import linear_logprobs_at, linear_topk
+from ..losses.linear_head import linear_logprobs_at, topk_at
 from ..losses.types import TopK
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..quant.formats.detect import keeps_bits
@@ -147,7 +147,7 @@ class Teacher:
         temperatures: Sequence[float],
         where: Tensor | None = None,  # (B, T) bool
     ) -> list[TopK]:  # [B, T, K] each
-        """Return `topk` at several temperatures, with one forward pass through the layers."""
+        """Return `topk` at several temperatures, with one pass through layers and head."""
         rows = read_rows(input_ids, attention_mask, self.reader.vocab)
         head = self.head
         if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
@@ -165,15 +165,9 @@ class Teacher:
                 selected = where.flatten()[at]
                 at, hidden = at[selected], hidden[selected.to(hidden.device)]
             hidden = hidden.to(head.weight.device)
-            for answer in answers:
-                best = linear_topk(
-                    hidden,
-                    head.weight,
-                    k,
-                    temperature=answer.temperature,
-                    impl=self.impl,
-                    **head.options(),
-                )
+            for answer, best in zip(
+                answers, topk_at(hidden, head, k, temperatures, self.impl), strict=True
+            ):
                 answer.put(at, best)
         return answers
 

@@ -47,8 +47,8 @@ def scoring(e, h, x, t, coef):
     return ()
 
 
-# MB beyond the gradients themselves, GEMM passes in NVH, and reductions: one per stored chunk (of
-# both heads for dense), or one per slab of 2048 tokens × 4096 columns.
+# MB beyond the gradients themselves, GEMM passes in NVH, and reductions: one per stored chunk (two
+# for both heads of dense, and for logits and members of top-k), or per slab of 2048 × 4096.
 SLABS = 4 * 32
 
 
@@ -59,7 +59,7 @@ SLABS = 4 * 32
         (recompute, 159, 8, SLABS),
         (rows_alone, 37, 0, 0),
         (scoring, 64 * 1.048576, 2, SLABS),
-        (streamed_topk, 545, 2, 8),
+        (streamed_topk, 545, 2, 2 * 10),
         (dense, 2170, 8, 2 * 8),
     ],
     ids=lambda v: getattr(v, "__name__", None),
@@ -74,7 +74,7 @@ def test_at_full_size(run, limit_mb, passes, reductions):
             returned = sum(g.numel() * g.element_size() for g in grads)
     assert (alive.peak - returned) / 1e6 < limit_mb
     assert calls.flops == passes * NVH
-    assert calls.kernels()["triton_reduce:reduce_rows"] == reductions
+    assert sum(n for name, n in calls.kernels().items() if ":reduce_" in name) == reductions
 
 
 @pytest.mark.parametrize(

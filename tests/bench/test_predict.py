@@ -109,8 +109,8 @@ BOUNDS = [
     ),
     ("scoring", "triton", MAIN, Bounds(128, 129, 484, 1.41, 1.3)),
     ("lse_gather", "triton", MAIN, Bounds(128, 128, 54, 1.23, 1.3)),
-    ("linear_topk", "triton", MAIN, Bounds(8, 8, 200, 2.34, 1.45)),
-    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(8, 8, 200, 2.34, 1.6)),
+    ("linear_topk", "triton", MAIN, Bounds(10, 20, 228, 1.29, 1.45)),
+    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 250, 1.45, 1.6)),
     ("dense_loss", "triton fused", MAIN, Bounds(32, 34, 169, 1.2, 1.3)),
 ]
 

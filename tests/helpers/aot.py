@@ -130,6 +130,8 @@ def run_everything() -> None:
     """Each public function on the widest tiles, with and without what specialises a kernel."""
     import fastdistill as fd
     from fastdistill.kernels.divergences import NAMES
+    from fastdistill.kernels.head import LMHead
+    from fastdistill.losses.linear_head import topk_at
     from fastdistill.runtime import backend
 
     vars(backend)["triton_problem"] = lambda *device: None
@@ -156,6 +158,8 @@ def run_everything() -> None:
             entropy.sum().backward()
             fd.token_scores(x, w, labels=labels, teacher=teacher, **options)
             fd.linear_topk(x, w, K, **options)
+            of = {name: options[name] for name in ("bias", "softcap") if name in options}
+            topk_at(x, LMHead(w, **of), K, (1.0, 2.0), "triton")
             # Triton folds arguments that are 1 into constants: one token, one slot.
             one = fd.TopK(ids[:1, :1], lp[:1, :1], None, options.get("temperature", 1.0))
             fd.topk_distill_loss(x[:1], w, one, **options).backward()

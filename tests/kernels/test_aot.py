@@ -28,6 +28,7 @@ FACTS = {
     "grad_rows": {"loads": 4, "stores": 2, "barriers": 2},
     "mark_live": {"loads": 8, "barriers": 2},
     "quantize_row": {"loads": 8, "barriers": 2},
+    "reduce_groups": {"loads": 1, "barriers": 3},
     "reduce_rows": {"loads": 1, "barriers": 25},
     "scatter_hidden": {"barriers": 10},
     "sum_divergence": {"loads": 4, "barriers": 5},

@@ -14,6 +14,7 @@ from fastdistill import topk_distill_loss
 from fastdistill.hf.row_reader import groups
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import TopKTeacher
+from helpers.counted_memory import Products
 from helpers.present import present
 from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, llama
@@ -36,6 +37,16 @@ def test_topk_is_that_of_the_full_softmax(temperature):
     torch.testing.assert_close(present(answers.log_tail).double().exp(), rest, rtol=1e-4, atol=1e-6)
     assert answers.temperature == temperature
     assert not answers.logprobs.requires_grad
+
+
+def test_several_temperatures_take_one_pass_over_the_head():
+    teacher = Teacher(llama(7, scale=20.0))
+    with Products() as several:
+        answers = teacher.topk_at(IDS, k=6, temperatures=(1.0, 2.0))
+    with Products() as one:
+        alone = teacher.topk(IDS, k=6, temperature=2.0)
+    assert several.flops == one.flops > 0
+    assert torch.equal(answers[1].logprobs, alone.logprobs)
 
 
 def test_given_ids_are_scored_as_the_full_softmax_has_them():

@@ -141,7 +141,7 @@ def topk(shape: HeadShape, N: int, k: int) -> int:
     """Return the memory of a top k of N tokens, with the answers."""
     head, x = shape.operands(N)
     with LiveMemory(head.weight, x) as memory, torch.no_grad():
-        topk_kernel.topk(shape.backend, head, x, k)
+        topk_kernel.topk(shape.backend, head, x, k, (1.0,))
     peak: int = memory.peak
     return peak
 
