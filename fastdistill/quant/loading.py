@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,6 +93,24 @@ def load_expanded(
     model = _skeleton(checkpoint, dtype, attn_implementation)
     _Loader(checkpoint, model, None, "auto", torch.device(device), (), expand=True).run()
     return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def load_shapes(path: str | Path) -> PreTrainedModel | None:
+    """Return load_quantized's model on the meta device, from the headers of its files.
+
+    None unless it is a GGUF file or a folder of save_quantized, whose headers say what each weight
+    takes. Raises CheckpointError as load_quantized."""
+    checkpoint = open_checkpoint(path)
+    if checkpoint.method not in ("gguf", "fastdistill"):
+        return None
+    meta = torch.device("meta")
+    loader = _Loader(checkpoint, _skeleton(checkpoint, "auto", None), None, "auto", meta, ())
+    with meta if checkpoint.method == "gguf" else nullcontext():
+        for read in loader.steps():
+            read()
+    loader.tie()
+    return loader.model.to(meta).eval().requires_grad_(False)
 
 
 def _skeleton(
@@ -273,8 +292,8 @@ class _Loader:
             shape = f"the shape {list(expected)} that config.json asks for"
             fail_checkpoint(self._place(name), shape, list(got))
 
-    def finish(self) -> None:
-        """Tie weights that are not stored separately, and check that none is missing."""
+    def tie(self) -> None:
+        """Tie weights that are not stored separately."""
         for name in self.filled & self.model.all_tied_weights_keys.keys():
             module = self.model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, QuantizedWeight):  # has no parameter to compare or to tie
@@ -285,6 +304,10 @@ class _Loader:
                 missing_keys=set(self.empty) - self.filled, recompute_mapping=False
             )
         keep_untied(self.model, tied)
+
+    def finish(self) -> None:
+        """Tie weights, check that none is missing, and warn about what was expanded."""
+        self.tie()
         missing = [
             name
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())

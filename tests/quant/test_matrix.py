@@ -57,6 +57,12 @@ def test_reads_are_those_of_the_dense_matrix(matrix):
     assert matrix.nbytes < dense.nbytes / 2
 
 
+def test_no_positions_read_no_rows(matrix, monkeypatch):
+    """As the head gets them wherever a loss takes its hidden states."""
+    monkeypatch.setattr(QuantizedMatrix, "rows", lambda *_: 1 / 0)
+    assert F.linear(torch.empty(2, 0, H), matrix).shape == (2, 0, V)
+
+
 def test_writing_is_refused(matrix):
     for write in (lambda w: w.mul_(2), lambda w: w.__setitem__(0, 1.0), lambda w: w.copy_(w)):
         with pytest.raises(TypeError, match="a tensor that may be written to, got QuantizedMatrix"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +20,11 @@ from fastdistill.cli import run_audit, run_cache_build, run_serve
 from fastdistill.cli.loaders import outline_model, outline_teacher
 from fastdistill.cli.verbs import Audit, CacheBuild, Serve
 from fastdistill.hf import checkpoint
-from fastdistill.quant import quantize_model, save_quantized
+from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.teachers.fidelity import FidelityReport
 from fastdistill.teachers.local import Teacher
 from fastdistill.training.plan import Settings, plan_memory
-from fastdistill.training.plan.shapes import config_of
+from fastdistill.training.plan.shapes import bytes_of, config_of
 from fastdistill.training.student import prepare_student
 from fastdistill.training.teacher_setup import TeacherSpec
 from helpers import gguf_writer
@@ -229,12 +231,18 @@ def test_a_quantized_student_is_expanded_and_says_so(places, tmp_path, caplog):
         prepare_student(path, config(tmp_path, model_init_kwargs={"device_map": "cpu"}), None)
 
 
-@pytest.mark.parametrize("kind", ["folder", "quantized"])
-def test_a_plan_says_that_a_quantized_teacher_is_counted_in_full(places, kind):
-    student, teacher = places["folder"][0], places[kind][0]
+@pytest.mark.parametrize("kind", ["folder", "config alone", "quantized"])
+def test_a_plan_counts_a_quantized_teacher_as_it_is_stored(places, kind, tmp_path):
+    student = places["folder"][0]
+    teacher = places["quantized" if kind == "config alone" else kind][0]
+    if kind == "config alone":  # as from the hub
+        shutil.copy(Path(teacher) / "config.json", tmp_path)
+        teacher = tmp_path
     plan = plan_memory(student, teacher, settings=Settings(seq=8, k=4), device="cpu")
     line = "the quantized teacher is counted as in full precision"
-    assert (line in plan.assumptions) == (kind == "quantized")
+    assert (line in plan.assumptions) == (kind == "config alone")
+    if kind == "quantized":
+        assert plan.teacher_weights == {"as stored": bytes_of(load_quantized(teacher))}
 
 
 def test_zero3_partitions_no_teacher(places, monkeypatch):

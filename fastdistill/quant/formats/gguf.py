@@ -137,8 +137,15 @@ def _log(file: Path, header: GGUFHeader) -> None:
     )
 
 
+def _without_data() -> bool:
+    """Whether only shapes and types are read: within torch.device("meta")."""
+    return torch.get_default_device().type == "meta"
+
+
 def _chunks(name: str, tensor: GGUFTensor) -> Iterator[Tensor]:
-    """Yield a tensor's blocks, uint8 [B, bytes of a block]."""
+    """Yield a tensor's blocks, uint8 [B, bytes of a block]; none within torch.device("meta")."""
+    if _without_data():
+        return
     kind, blocks = tensor.type, tensor.bytes // tensor.type.bytes
     step = max(1, _CHUNK // kind.values)
     with tensor.file.open("rb") as stream:
@@ -165,6 +172,8 @@ def _dense(name: str, tensor: GGUFTensor) -> Tensor:
     with reading(tensor.file, name):
         if tensor.type.unpack is not None:
             return expanded(tensor.type, tensor.shape, _chunks(name, tensor))
+        if _without_data():
+            return torch.empty(tensor.shape, dtype=tensor.type.dtype)
         data = np.fromfile(tensor.file, np.uint8, tensor.bytes, offset=tensor.start)
         if data.size != tensor.bytes:
             fail("data", f"{tensor.bytes:,} bytes", f"{data.size:,}")

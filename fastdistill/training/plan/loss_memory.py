@@ -29,6 +29,8 @@ from ...kernels.token_loss import (
 )
 from ...losses.arguments import to_teacher_rows
 from ...losses.types import TopK
+from ...quant.matrix import QuantizedMatrix
+from ...quant.schemes import Int8Weight
 from .meta_memory import LiveMemory
 
 _OPTIONS = LossOptions()
@@ -42,11 +44,16 @@ class HeadShape(NamedTuple):
     dtype: torch.dtype
     device: str  # "cpu" or "cuda"
     trained: bool = True  # whether the loss computes its gradient
+    packed: bool = False  # a QuantizedMatrix
 
     def operands(self, N: int) -> tuple[LMHead, Tensor]:
         """Return the head and N hidden states, without data."""
-        head = LMHead(torch.empty(self.V, self.H, dtype=self.dtype, device="meta"))
-        return head, head.weight.new_empty(N, self.H)
+        weight = torch.empty(self.V, self.H, dtype=self.dtype, device="meta")
+        if self.packed:
+            qdata, scale = weight.to(torch.int8), torch.empty(self.V, device="meta")
+            codes = Int8Weight(shape=(self.V, self.H), block=self.H, qdata=qdata, scale=scale)
+            weight = QuantizedMatrix(codes, self.dtype)
+        return LMHead(weight), weight.new_empty(N, self.H)
 
     @property
     def backend(self) -> Backend:

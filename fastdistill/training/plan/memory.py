@@ -20,7 +20,7 @@ from ...runtime.optional import require
 from . import loss_memory as head
 from .meta_step import Step, TeacherPass, head_shape, rehearse_step, rehearse_teacher
 from .optimisers import optimizer_memory
-from .shapes import QuantizedSize, bytes_of, empty_model, quantized_size
+from .shapes import QuantizedSize, bytes_of, empty_model, packed_size, quantized_size
 from .types import DTYPES, Memory, Part, Phase, Settings
 
 # Memory outside torch's allocator: CUDA context, libraries and their workspaces, kernels.
@@ -40,16 +40,24 @@ class Planner:
     """Plans with two configurations on one device; runs every pass once without data.
 
     `card`: bytes of GPU memory; its free part limits the rows of a teacher's pass (BatchedForward).
+    `packed`: the quantized teacher as it is stored, of load_shapes, or None.
     """
 
-    def __init__(self, student: Any, teacher: Any, device: str, card: int | None) -> None:
+    def __init__(
+        self, student: Any, teacher: Any, device: str, card: int | None, packed: Any = None
+    ) -> None:
         self.configs = {"student": student, "teacher": teacher}
-        self.device, self.card = device, card
+        self.device, self.card, self.packed = device, card, packed
 
     @functools.cached_property
     def teacher(self) -> Any:
         config = self.configs["teacher"]
         return empty_model("teacher", config, DTYPES[stored_dtype(config, "bfloat16")])
+
+    def teacher_of(self, settings: Settings) -> Any:
+        """Return the teacher that the run holds: as stored, or as loaded before teacher_quant."""
+        is_packed = self.packed is not None and settings.teacher_quant is None
+        return self.packed if is_packed else self.teacher
 
     @functools.cache  # noqa: B019  a planner lives as long as one plan
     def student(self, dtype: str | None, lora_rank: int | None) -> Any:
@@ -119,7 +127,9 @@ class Planner:
     def step(self, settings: Settings) -> Step:
         """Return the memory of a micro-batch; settings that it ignores do not run it again."""
         accumulation = min(settings.accumulation, 2)
-        same = replace(settings, optim="sgd", teacher_quant=None, cached=False)
+        same = replace(settings, optim="sgd", cached=False)
+        if settings.k is not None:
+            same = replace(same, teacher_quant=None)
         return self._step(replace(same, accumulation=accumulation))
 
     @functools.cache  # noqa: B019
@@ -127,7 +137,7 @@ class Planner:
         model = self.student(settings.dtype, settings.lora_rank)
         shape, N = head_shape(model, self.device), settings.batch * (settings.seq - 1)
         if settings.k is None:
-            work = head.dense(shape, head_shape(self.teacher, self.device), N)
+            work = head.dense(shape, head_shape(self.teacher_of(settings), self.device), N)
         else:
             run = head.recomputed if settings.backward == "recompute" else head.fused
             # Without a teacher, the loss has one empty slot in place of answers.
@@ -140,16 +150,19 @@ class Planner:
         if self.configs["teacher"] is None or settings.cached:
             return QuantizedSize(weights=0, expanded=0)
         if settings.teacher_quant is None:
+            if self.packed is not None:
+                return packed_size(self.packed)
             return QuantizedSize(weights=bytes_of(self.teacher), expanded=0)
         return quantized_size(self.teacher, settings.teacher_quant)
 
     def teacher_pass(self, settings: Settings, held: int) -> int:
         """Return the peak of a teacher's pass: layers, or hidden states and head, of its rows."""
-        shape = head_shape(self.teacher, self.device)
+        teacher = self.teacher_of(settings)
+        shape = head_shape(teacher, self.device)
         hidden_bytes = shape.H * shape.dtype.itemsize
         tokens = self._tokens_in_pass(hidden_bytes, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
-        run = self._teacher_pass(rows, settings.seq)
+        run = self._teacher_pass(teacher, rows, settings.seq)
         if settings.k is None:
             return run.forward + settings.batch * settings.seq * hidden_bytes
         N = rows * settings.seq
@@ -166,8 +179,8 @@ class Planner:
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     @functools.cache  # noqa: B019
-    def _teacher_pass(self, rows: int, seq: int) -> TeacherPass:
-        return rehearse_teacher(self.teacher, rows, seq, self.device)
+    def _teacher_pass(self, teacher: Any, rows: int, seq: int) -> TeacherPass:
+        return rehearse_teacher(teacher, rows, seq, self.device)
 
     def answers(self, settings: Settings) -> int:
         """Return bytes of the answers: ids and log-probabilities, or hidden states, per target."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.lm_head import LMHead, evaluating, head_module, hidden_states
+from ...quant.matrix import QuantizedMatrix
 from ..student import student_at_head, without_adapters
 from ..targets import Targets
 from .loss_memory import HeadShape, LossMemory
@@ -47,7 +48,8 @@ def head_shape(model: Any, device: str) -> HeadShape:
     weight = head_module(without_adapters(model)).weight
     assert isinstance(weight, Tensor)
     V, H = weight.shape
-    return HeadShape(V, H, weight.dtype, device, weight.requires_grad)
+    packed = isinstance(weight, QuantizedMatrix)
+    return HeadShape(V, H, weight.dtype, device, weight.requires_grad, packed)
 
 
 def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str) -> Step:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...quant import is_quantized_checkpoint
+from ...quant.loading import load_shapes
 from ...runtime import checks
 from ...teachers.cache.codec import BLOCK, bytes_per_token
 from .memory import CONTEXT, FRAGMENTS, Planner, stored_dtype
@@ -30,8 +31,9 @@ def plan_memory(
 
     Args:
         student, teacher: a folder, a config.json, a hub name or a .gguf file; only the config.json
-            or the file's header is read. A teacher that is stored quantized is counted as in full
-            precision, without teacher_quant; the plan says so.
+            or the file's header is read. A teacher that is stored quantized is counted as it is
+            loaded if the headers of its weights say so: a .gguf file or a folder of save_quantized.
+            Others are counted as in full precision, without teacher_quant; the plan says so.
         settings: of the run.
         gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal.
         tokens: tokens of the dataset, for the size of a cache and the time of one epoch.
@@ -66,7 +68,8 @@ def plan_memory(
         dtype = "float32" if settings.lora_rank is None else stored_dtype(student_config)
         settings = replace(settings, dtype=dtype)
     teacher_config = None if teacher is None else config_of("teacher", teacher)
-    planner = Planner(student_config, teacher_config, device, card)
+    packed = None if teacher is None or settings.cached else _packed(teacher)
+    planner = Planner(student_config, teacher_config, device, card, packed)
     student_shapes = shapes_of(str(student), planner.student(settings.dtype, None))
     teacher_shapes = None if teacher is None else shapes_of(str(teacher), planner.teacher)
     single, per_token = replace(settings, accumulation=1), None
@@ -81,17 +84,29 @@ def plan_memory(
             name: planner.step(replace(single, gradient_checkpointing=on)).activations
             for name, on in (("kept", False), ("checkpointed", True))
         },
-        teacher_weights={} if teacher is None else _teacher_sizes(planner.teacher),
+        teacher_weights={} if teacher is None else _teacher_sizes(planner),
         cache_per_token=per_token,
         cache=None if tokens is None or per_token is None else tokens * per_token,
         seconds=None if tokens is None or throughput is None else tokens / throughput,
         card=card,
         proposal=None if card is None else propose(planner, settings, card),
-        assumptions=_assumptions(settings, device, _is_quantized(teacher, teacher_config)),
+        assumptions=_assumptions(
+            settings, device, packed is None and _is_quantized(teacher, teacher_config)
+        ),
     )
 
 
-def _teacher_sizes(teacher: Any) -> dict[str, int]:
+def _packed(teacher: str | Path) -> Any:
+    """Return a quantized teacher without data, of local weights; None if headers do not do."""
+    path = Path(teacher).expanduser()
+    is_local = path.is_file() or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
+    return load_shapes(path) if is_local and is_quantized_checkpoint(path) else None
+
+
+def _teacher_sizes(planner: Planner) -> dict[str, int]:
+    if planner.packed is not None:
+        return {"as stored": bytes_of(planner.packed)}
+    teacher = planner.teacher
     dtype = str(next(teacher.parameters()).dtype).removeprefix("torch.")
     schemes = {scheme: quantized_size(teacher, scheme).weights for scheme in ("int8", "nf4")}
     return {dtype: bytes_of(teacher)} | schemes

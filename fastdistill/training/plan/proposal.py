@@ -51,7 +51,7 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
         yield Measure("gradient checkpointing", {"gradient_checkpointing": True})
     if start.backward != "recompute" and start.k is not None:
         yield Measure("loss recomputed in backward", {"backward": "recompute"})
-    if teacher_in_memory and start.teacher_quant is None:
+    if teacher_in_memory and planner.packed is None and start.teacher_quant is None:
         for scheme in ("int8", "nf4"):
             yield Measure(f"teacher in {scheme}", {"teacher_quant": scheme})
     batch = start.batch

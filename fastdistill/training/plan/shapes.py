@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from ...hf.checkpoint import config_folder
 from ...hf.lm_head import head_module
+from ...quant.experts import ExpertStack
 from ...quant.formats.checkpoint_gate import load_config
 from ...quant.formats.tensor_files import CheckpointError
+from ...quant.linear import QuantizedWeight
 from ...quant.model import stacks, targets
 from ...quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
 from ...runtime import checks
@@ -129,6 +131,17 @@ def quantized_size(model: nn.Module, scheme: str) -> QuantizedSize:
     saved = sum(w.nbytes - stored_bytes(w, scheme) for w in dense)
     largest = max(w.nbytes // (w.shape[0] if w.dim() == 3 else 1) for w in dense)
     return QuantizedSize(weights=bytes_of(model) - saved, expanded=largest)
+
+
+def packed_size(model: nn.Module) -> QuantizedSize:
+    """Return the size of a model of load_shapes."""
+    sizes = [
+        math.prod(layer.shape) // (layer.experts if isinstance(layer, ExpertStack) else 1)
+        for layer in model.modules()
+        if isinstance(layer, QuantizedWeight)
+    ]
+    itemsize = next(model.parameters()).element_size()
+    return QuantizedSize(weights=bytes_of(model), expanded=max(sizes, default=0) * itemsize)
 
 
 def stored_bytes(weight: Tensor, scheme: str) -> int:

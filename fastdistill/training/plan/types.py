@@ -147,7 +147,7 @@ class Plan:
     teacher: Shapes | None
     memory: Memory
     activations: dict[str, int]  # of the body: "kept", and "checkpointed"
-    teacher_weights: dict[str, int]  # in its own type, int8 and nf4
+    teacher_weights: dict[str, int]  # in its own type, int8 and nf4; or as stored, if quantized
     cache_per_token: int | None
     cache: int | None
     seconds: float | None
