@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from . import torch_dense, torch_gather, torch_grads, torch_slabs
+from . import torch_dense, torch_gather, torch_grads, torch_slabs, torch_token_loss
 from .engines import Backend
 
 CPU_BLOCK_TOKENS = 1024
@@ -14,11 +14,12 @@ CPU_BLOCK_TOKENS = 1024
 def get_backend(impl: str) -> Backend:
     """Return the backend called `impl`; Triton is imported when its first kernel is launched."""
     if impl == "triton":
-        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs, gpu_topk
+        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs, gpu_token_loss, gpu_topk
 
         return Backend(
             gpu_slabs.scan,
             gpu_slabs.new_logits_buffer,
+            gpu_token_loss.token_loss,
             gpu_slabs.chunk_grads,
             gpu_slabs.recompute,
             gpu_gather.forward,
@@ -33,6 +34,7 @@ def get_backend(impl: str) -> Backend:
     return Backend(
         torch_slabs.scan,
         torch_slabs.new_logits_buffer,
+        torch_token_loss.token_loss,
         torch_grads.chunk_grads,
         torch_grads.recompute,
         torch_gather.forward,

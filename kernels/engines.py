@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .head import Scanned
+from .token_loss import RowLosses
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -23,6 +24,7 @@ class Backend(NamedTuple):
 
     scan               one pass over the head for a block of tokens; can store its logits
     new_logits_buffer  memory for the logits of one chunk
+    token_loss         loss, statistics and gradients of a named divergence from those of a chunk
     chunk_grads        turn the stored logits of a chunk into dz; add its share of dX, dW, db
     recompute          dX, dW, db of all tokens from upstream gradients; recomputes the logits
     gather             logits of the given ids alone; gather_grads is its backward
@@ -36,6 +38,7 @@ class Backend(NamedTuple):
 
     scan: Callable[..., Scanned]
     new_logits_buffer: Callable[..., Tensor]
+    token_loss: Callable[..., RowLosses]
     chunk_grads: Callable[..., None]
     recompute: Callable[..., Grads]
     gather: Callable[..., Tensor]

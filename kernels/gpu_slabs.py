@@ -29,7 +29,6 @@ from .head import (
     sums_in_16_bits,
     vocabulary_slabs,
 )
-from .token_loss import Gathered
 
 BLOCK_TOKENS = 2048
 RECOMPUTE_BYTES = 64 << 20
@@ -132,7 +131,7 @@ def chunk_grads(
     hidden_nH: Tensor,
     ids_nS: Tensor,
     stats: Stats,
-    g: Gathered,
+    grads: Stats,
     buffer: Tensor,
     *,
     first: bool,
@@ -143,12 +142,11 @@ def chunk_grads(
 ) -> None:
     """Turn the stored logits of a chunk into dz and add its gradients.
 
+    ids are distinct, and grads.z_ids is d(W x) of the slots.
     dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`. Both
     products skip tiles whose |dz| is below filter_threshold (0-dim, optional).
     """
-    assert g.lse_rest is not None
-    ids, g_nS = merge_repeated_slots(ids_nS, slot_grads(head, stats.z_ids, g.z))
-    upstream, grad_scale = scaled_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
+    upstream, grad_scale = scaled_grads(head, grads)
     if filter_threshold is not None and grad_scale is not None:
         filter_threshold = filter_threshold * grad_scale
     if dw is not None:
@@ -157,7 +155,7 @@ def chunk_grads(
         db = db[: head.vocab_size]
     with sums_at_scale(grad_scale, first, dx, dw, db):
         _add_grads(
-            head, hidden_nH, ids, stats, upstream, buffer, first, dx, dw, db, filter_threshold
+            head, hidden_nH, ids_nS, stats, upstream, buffer, first, dx, dw, db, filter_threshold
         )
 
 

@@ -7,7 +7,8 @@ D sums φ over S, plus φ of the tail (bucket), f(0) · q_tail (renorm_teacher) 
 of each id (truncate), or runs over a softmax on S alone (renorm_both). With ψ = ∂φ/∂log q and
 Ψ = Σψ the softmax gives dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. This is
 ordinary PyTorch: `token_loss_forward` is differentiable by autograd, `token_loss_backward` is the
-same derivative in closed form for kernels that need it inside one operator.
+same derivative in closed form for the fused loss. triton_token_loss.py has both in one kernel, for
+named divergences.
 
 Letters: N tokens, K teacher slots, S = K or K+1 slots (the label is last), T temperature,
 z = u / T logits at T, u logits at T=1. Empty slots hold z = NEG, log p = floor.
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .divergences import Divergence, call_divergence, floor_of, resolve
+
+if TYPE_CHECKING:
+    from .head import Stats
 
 NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
 ABSENT = -1e20  # values below it are NEG, possibly divided by a temperature
@@ -100,6 +104,18 @@ class TokenLosses(NamedTuple):
     nll: Tensor | None
 
 
+class RowLosses(NamedTuple):
+    """What a backend computes from the statistics of a chunk.
+
+    entropy [n] if the statistics have a mean; grads: d(W x) of the slots, d lse_rest, d lse_base of
+    Σ coef · per_token, if requested.
+    """
+
+    rows: TokenLosses
+    entropy: Tensor | None
+    grads: Stats | None
+
+
 class _Columns(NamedTuple):
     lp: Tensor  # (N, K) or (N, K+1)
     lq: Tensor  # the same
@@ -112,6 +128,24 @@ class _Columns(NamedTuple):
 def has_new_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
     """bool [N]: whether the label is a real token outside the teacher's slots."""
     return (labels_N >= 0) & ~(ids_NK == labels_N.unsqueeze(-1)).any(-1)
+
+
+def slot_ids(ids_NK: Tensor, label_N: Tensor | None) -> Tensor:
+    """The ids of the slots: the teacher's and, if given, the label's where it is not among them.
+
+    [N, K] or int64 [N, K + 1]. They are distinct if the teacher's are; −1 in empty slots.
+    """
+    if label_N is None:
+        return ids_NK
+    new = label_N.masked_fill(~has_new_label(ids_NK, label_N), -1)
+    return torch.cat([ids_NK, new.unsqueeze(-1)], -1)
+
+
+def _label_logit(z_NS: Tensor, ids_NK: Tensor, label_N: Tensor) -> Tensor:
+    """The logit of the label [N], from its own slot or from that of the teacher's id."""
+    same = (ids_NK == label_N.unsqueeze(-1)) & (ids_NK >= 0)
+    of_teacher = torch.where(same, z_NS[:, : ids_NK.shape[1]], 0.0).sum(-1)
+    return torch.where(same.any(-1), of_teacher, z_NS[:, -1])
 
 
 def log_tail_of(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
@@ -182,7 +216,8 @@ def token_loss_forward(
 ) -> TokenLosses:
     """Per-token loss and statistics, [N] each; differentiable in `gathered`.
 
-    label_N int64 [N] is negative without a label; if given, the last slot of gathered.z is its own.
+    label_N int64 [N] is negative without a label; if given, gathered.z has a last slot, for labels
+    that are not among the teacher's ids.
     """
     tail = options.tail
     cols = _columns(gathered, teacher, label_N, tail)
@@ -209,7 +244,8 @@ def token_loss_forward(
         if options.temperature == 1.0 or gathered.lse_base is not None:
             lse = _base(gathered, teacher, label_N, options.temperature)
         if label_N is not None and lse is not None:
-            nll = (lse - gathered.z[:, -1] * options.temperature).masked_fill(label_N < 0, 0.0)
+            z_y = _label_logit(gathered.z, teacher.ids, label_N)
+            nll = (lse - z_y * options.temperature).masked_fill(label_N < 0, 0.0)
             per_token = per_token + options.ce_weight * nll
         if options.z_loss and lse is not None:
             per_token = per_token + options.z_loss * lse.square()
@@ -262,11 +298,12 @@ def token_loss_backward(
         on_ce = coef_N * options.ce_weight * has_label
         on_lse = on_ce + coef_N * 2 * options.z_loss * lse
         q1 = (gathered.z * T - lse.unsqueeze(-1)).exp()
-        if label_N is not None:
-            q1[:, -1].masked_fill_(~has_new_label(teacher.ids, label_N), 0.0)
         g_z = g_z + T * on_lse.unsqueeze(-1) * q1
         if label_N is not None:
-            g_z[:, -1] -= T * on_ce
+            new = has_new_label(teacher.ids, label_N)
+            g_z[:, K] = torch.where(new, g_z[:, K] - T * on_ce, 0.0)
+            at_label = teacher.ids == label_N.unsqueeze(-1)
+            g_z[:, :K] -= torch.where(at_label, T * on_ce.unsqueeze(-1), 0.0)
         rest = gathered.lse_rest if gathered.lse_base is None else gathered.lse_base
         assert rest is not None
         assert g_rest is not None

@@ -21,24 +21,11 @@ from .backends import get_backend
 from .engines import Backend
 from .head import LMHead, Stats, blocks, chunk_tokens, needed, round_scaled, sums_in_16_bits
 from .op_common import full_precision, or_empty
-from .token_loss import (
-    Gathered,
-    LossOptions,
-    TeacherTopK,
-    TokenLosses,
-    entropy_of,
-    first_slots,
-    lse_of,
-    token_loss_backward,
-)
-from .token_loss import token_loss_forward as _token_loss_forward
+from .token_loss import LossOptions, TeacherTopK, TokenLosses
+from .torch_token_loss import callable_token_loss
 
 # A bfloat16 dW is rounded after every chunk; with more chunks than this it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
-
-TokenLossFunction = Callable[
-    [Gathered, TeacherTopK, Tensor | None, Tensor, bool], tuple[TokenLosses, Gathered | None]
-]
 
 
 class FusedLoss(NamedTuple):
@@ -56,45 +43,6 @@ class FusedLoss(NamedTuple):
     grad_scale: Tensor
 
 
-def named_token_loss(options: LossOptions) -> TokenLossFunction:
-    """Loss and closed-form gradient of a named divergence."""
-
-    def run(
-        gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, coef_N: Tensor, grad: bool
-    ) -> tuple[TokenLosses, Gathered | None]:
-        rows = _token_loss_forward(gathered, teacher, label_N, options)
-        return rows, token_loss_backward(
-            gathered, teacher, label_N, options, coef_N
-        ) if grad else None
-
-    return run
-
-
-def callable_token_loss(options: LossOptions) -> TokenLossFunction:
-    """Loss and gradient of a user's divergence, by autograd on the [n, K] tensors."""
-
-    def run(
-        gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, coef_N: Tensor, grad: bool
-    ) -> tuple[TokenLosses, Gathered | None]:
-        if not grad:
-            return _token_loss_forward(gathered, teacher, label_N, options), None
-        with torch.enable_grad():
-            leaves = {
-                name: t.detach().requires_grad_()
-                for name, t in gathered._asdict().items()
-                if t is not None
-            }
-            rows = _token_loss_forward(gathered._replace(**leaves), teacher, label_N, options)
-            total = (coef_N * rows.per_token).sum()
-            grads = torch.autograd.grad(
-                total, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        rows = TokenLosses._make(None if t is None else t.detach() for t in rows)
-        return rows, gathered._replace(**dict(zip(leaves, grads, strict=True)))
-
-    return run
-
-
 def fused(
     backend: Backend,
     head: LMHead,
@@ -103,7 +51,7 @@ def fused(
     teacher: TeacherTopK,
     label_N: Tensor | None,
     coef_N: Tensor,
-    token_loss: TokenLossFunction,
+    options: LossOptions,
     *,
     base: bool,
     entropy: bool,
@@ -112,18 +60,16 @@ def fused(
     need_bias: bool,
     combine: Callable[[Stats], Stats] | None = None,
     chunk: int | None = None,
-    filter_eps: float | None = None,
     device_type: str | None = None,
 ) -> FusedLoss:
     """Loss, statistics and gradients in one pass over chunks of tokens.
 
     Args:
-        ids_NS: the teacher's ids, followed by the label if label_N is given. For a shard of the
-            vocabulary: ids in this shard, −1 for ids of other shards.
+        ids_NS: `slot_ids` of the teacher's ids and the labels. For a shard of the vocabulary: ids
+            in this shard, −1 for ids of other shards.
         coef_N: factor of each token in the sum; 0 drops it.
         combine: maps the statistics of this shard to those of the whole vocabulary.
         chunk: tokens per chunk; the same for all shards.
-        filter_eps: skip gradient tiles below filter_eps times the largest factor.
         device_type: "cpu" or "cuda": the device for which chunks are chosen, that of the tensors by
             default.
     """
@@ -146,42 +92,42 @@ def fused(
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     skip: dict[str, Tensor] = {}
-    if filter_eps is not None:
-        skip["filter_threshold"] = coef_N.abs().amax() * filter_eps
+    if options.filter_eps is not None:
+        skip["filter_threshold"] = coef_N.abs().amax() * options.filter_eps
+    named = isinstance(options.divergence, str)
+    token_loss = backend.token_loss if named else callable_token_loss
     buffer = backend.new_logits_buffer(head, min(chunk, N)) if grad else None
     row_parts, entropy_parts = [], []
-    loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
     for i, at in enumerate(blocks(N, chunk)):
         ids, coef = ids_NS[at], coef_N[at]
         label = None if label_N is None else label_N[at]
         scanned = backend.scan(
             head, hidden_NH[at], ids, moments=int(entropy), base=base, buffer=buffer
         )
-        local = scanned.stats()
-        stats = local if combine is None else combine(local)
-        gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
-        part = TeacherTopK(*(t[at] for t in teacher))
-        rows, g = token_loss(gathered, part, label, coef, grad)
-        loss += (coef * rows.per_token).sum()
-        row_parts.append(rows)
-        if entropy and stats.mean_rest is not None:
-            support_ids = (
-                part.ids if label is None else torch.cat([part.ids, label.unsqueeze(-1)], -1)
-            )
-            unique = first_slots(support_ids)
-            lse = lse_of(stats.z_ids, stats.lse_rest, unique)
-            entropy_parts.append(
-                entropy_of(stats.z_ids, stats.lse_rest, stats.mean_rest, lse, unique)
-            )
-        if g is not None:
+        stats = scanned.stats()
+        if combine is not None:
+            stats = combine(stats)
+        part = token_loss(
+            head,
+            ids,
+            stats,
+            TeacherTopK(*(t[at] for t in teacher)),
+            label,
+            coef,
+            options,
+            grad=grad,
+        )
+        row_parts.append(part.rows)
+        if part.entropy is not None:
+            entropy_parts.append(part.entropy)
+        if part.grads is not None:
             part_dx = None if dx is None else dx[at]
-            stats = stats._replace(z_ids=local.z_ids)  # no gradient for slots of other shards
             backend.chunk_grads(
                 head,
                 hidden_NH[at],
                 ids,
                 stats,
-                g,
+                part.grads,
                 buffer,
                 first=i == 0,
                 dx=part_dx,
@@ -199,7 +145,7 @@ def fused(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )
     return FusedLoss(
-        loss,
+        (coef_N * rows.per_token).sum(),
         rows,
         torch.cat(entropy_parts) if entropy else None,
         dx,
@@ -232,11 +178,10 @@ def topk_loss(
             TeacherTopK(teacher_ids, teacher_lp, teacher_log_tail),
             labels,
             coef,
-            named_token_loss(options),
+            options,
             base=scalars["base"],
             entropy=scalars["entropy"],
             **needed(scalars["need"]),
-            filter_eps=scalars["filter_eps"],
         )
     divergence = out.rows.divergence
     if divergence.data_ptr() == out.rows.per_token.data_ptr():

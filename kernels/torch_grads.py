@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .head import LMHead, Stats, slot_grads, sums_in_16_bits
-from .token_loss import Gathered
 from .torch_gather import hidden_grad
 from .torch_slabs import Matmul, Slots, grad_slab_, logits_view, slabs
 
@@ -26,7 +25,7 @@ def chunk_grads(
     hidden_nH: Tensor,
     ids_nS: Tensor,
     stats: Stats,
-    g: Gathered,
+    grads: Stats,
     buffer: Tensor,
     first: bool,
     dx: Tensor | None,
@@ -35,13 +34,13 @@ def chunk_grads(
 ) -> None:
     """Turn the stored logits of a chunk into dz, slab by slab, and add its gradients.
 
+    grads.z_ids is d(W x) of the slots, 0 in empty ones.
     dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`.
     """
-    assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
     buffer_V1n = logits_view(head, buffer, n)
     packed = sums_in_16_bits(head.weight.dtype)
-    g_nS = slot_grads(head, stats.z_ids, g.z)
+    g_nS = grads.z_ids
     g_Sn = g_nS.t().contiguous()
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
     dx_Hn = None
@@ -50,7 +49,7 @@ def chunk_grads(
     dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab_size * n].view(head.vocab_size, n)
     for at in slabs(head, n):
         ds1, after = buffer_V1n[at.start : at.stop + 1], buffer_V1n[at.stop].clone()
-        ds = grad_slab_(head, buffer_V1n[at], stats, g.lse_rest, None, g.lse_base)
+        ds = grad_slab_(head, buffer_V1n[at], stats, grads.lse_rest, None, grads.lse_base)
         slots.clear(at, ds1)
         off_slots = ds.to(low) if packed and dx is not None else None
         slots.put(at, ds1, g_Sn)

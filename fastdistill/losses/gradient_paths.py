@@ -23,11 +23,11 @@ from ..kernels.token_loss import (
     Gathered,
     LossOptions,
     entropy_of,
-    first_slots,
     lse_of,
+    slot_ids,
     token_loss_forward,
 )
-from ..kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
+from ..kernels.topk_loss import FusedLoss
 from ..kernels.topk_loss import fused as fused_loss
 from ..runtime import checks
 from .arguments import LossTerms, Operands, Reduction, TeacherRows, TokenWeights, check_fused
@@ -58,9 +58,8 @@ class TopKCall(NamedTuple):
 
     @property
     def ids(self) -> Tensor:
-        """The teacher's ids, followed by the label if it is needed: [N, K] or [N, K+1]."""
-        ids, label = self.teacher_rows.teacher.ids, self.needed_label
-        return ids if label is None else torch.cat([ids, label.unsqueeze(-1)], -1)
+        """The distinct ids of the slots, [N, K], or [N, K+1] if the label is needed."""
+        return slot_ids(self.teacher_rows.teacher.ids, self.needed_label)
 
     @property
     def base(self) -> bool:
@@ -125,7 +124,7 @@ def recomputed(call: TopKCall) -> LossTerms:
     rows = token_loss_forward(gathered, call.teacher_rows.teacher, label, call.options)
     entropy = None
     if call.statistics:
-        unique = first_slots(ids)
+        unique = ids >= 0
         entropy = entropy_of(z, lse_rest, mean_rest, lse_of(z, lse_rest, unique), unique)
     return LossTerms(None, *rows, entropy)
 
@@ -140,7 +139,6 @@ def by_rows(call: TopKCall) -> LossTerms:
 def fused(call: TopKCall) -> LossTerms:
     """Compute the fused loss of a callable divergence or a sharded head, without an operator."""
     options, shard, ids = call.options, call.ops.shard, call.ids
-    token_loss = named_token_loss if isinstance(options.divergence, str) else callable_token_loss
 
     def run(coef: Tensor, x: Tensor, head: LMHead, need: list[bool]) -> FusedLoss:
         out = fused_loss(
@@ -151,13 +149,12 @@ def fused(call: TopKCall) -> LossTerms:
             call.teacher_rows.teacher,
             call.needed_label,
             coef,
-            token_loss(options),
+            options,
             base=call.base,
             entropy=call.statistics,
             **needed(need),
             combine=None if shard is None else shard.combine_stats,
             chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
-            filter_eps=options.filter_eps,
         )
         if shard is None or out.dx is None:
             return out

@@ -153,6 +153,8 @@ def run_everything() -> None:
                 fd.topk_distill_loss(x, w, teacher, grad_filter_eps=1e-3, **common).backward()
             fd.topk_distill_loss(x, w, teacher, backward="recompute", **common).backward()
             fd.topk_distill_loss(x, w, teacher, tail="renorm_both", **options).backward()
+            if dtype == torch.bfloat16:
+                run_divergences(x, w, teacher, labels, options)
             entropy = fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy
             assert entropy is not None
             entropy.sum().backward()
@@ -171,6 +173,24 @@ def run_everything() -> None:
             fd.linear_distill_loss(
                 x, w, x, w, divergence=lambda lp, lq: (lp - lq).square().sum(-1), **options
             ).backward()
+
+
+def run_divergences(x: Any, w: Any, teacher: Any, labels: Any, options: dict[str, Any]) -> None:
+    """The row mathematics of each divergence: alone, or with labels, statistics and a softcap."""
+    import fastdistill as fd
+    from fastdistill.kernels.divergences import NAMES
+    from fastdistill.kernels.token_loss import TAILS
+
+    for i, name in enumerate(NAMES):
+        tail = TAILS[i % 4] if name != "reverse_kl" else "bucket"
+        common = options | {"divergence": name, "tail": tail, "allow_biased": True}
+        if "softcap" in options:
+            ce = {"labels": labels, "ce_weight": 0.1}
+            fd.topk_distill(x, w, teacher, **ce, **common).loss.backward()
+        elif tail != "renorm_both":
+            fd.topk_distill_loss(x, w, teacher, **common).backward()
+    with torch.no_grad():
+        fd.topk_distill(x, w, teacher, **options)
 
 
 def run_quantised(kernels: Any) -> None:

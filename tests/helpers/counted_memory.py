@@ -60,8 +60,7 @@ class Products(TorchDispatchMode):
 
 def fused(e, h, x, t, coef):
     p = to_teacher_rows(t, OPTIONS).teacher
-    rows = topk_loss.named_token_loss(OPTIONS)
-    out = topk_loss.fused(e, h, x, p.ids, p, None, coef, rows, base=False, entropy=False, **NEED)
+    out = topk_loss.fused(e, h, x, p.ids, p, None, coef, OPTIONS, base=False, entropy=False, **NEED)
     return out.dx, out.dw
 
 

@@ -23,8 +23,8 @@ from ...kernels.token_loss import (
     LossOptions,
     TeacherTopK,
     entropy_of,
-    first_slots,
     lse_of,
+    slot_ids,
     token_loss_forward,
 )
 from ...losses.arguments import to_teacher_rows
@@ -88,7 +88,7 @@ def fused(shape: HeadShape, N: int, k: int) -> LossMemory:
             teacher,
             answers.labels,
             answers.coef,
-            topk_loss.named_token_loss(_OPTIONS),
+            _OPTIONS,
             base=False,
             entropy=True,
             **shape.needed,
@@ -175,7 +175,7 @@ class _Answers(NamedTuple):
     def slots(self) -> tuple[Tensor, TeacherTopK]:
         """Return the ids, with those of the labels, and the answers for the kernels."""
         teacher = to_teacher_rows(TopK(*self[:3]), _OPTIONS).teacher
-        return torch.cat([teacher.ids, self.labels.unsqueeze(-1)], -1), teacher
+        return slot_ids(teacher.ids, self.labels), teacher
 
 
 def _token_losses(stats: Stats, ids: Tensor, teacher: TeacherTopK, answers: _Answers) -> Tensor:
@@ -183,7 +183,7 @@ def _token_losses(stats: Stats, ids: Tensor, teacher: TeacherTopK, answers: _Ans
     gathered = Gathered(stats.z_ids, stats.lse_rest, None)
     rows = token_loss_forward(gathered, teacher, answers.labels, _OPTIONS)
     assert stats.mean_rest is not None
-    unique = first_slots(ids)
+    unique = ids >= 0
     lse = lse_of(stats.z_ids, stats.lse_rest, unique)
     entropy_of(stats.z_ids, stats.lse_rest, stats.mean_rest, lse, unique)
     return (answers.coef * rows.per_token).sum()

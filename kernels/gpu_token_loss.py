@@ -1,0 +1,97 @@
+"""The row mathematics of a named divergence: the memory and the launch of its kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .divergences import floor_of, plain_name, resolve
+from .gpu_launch import cdiv, jitted, launch, next_power_of_2
+from .head import LMHead, Stats
+from .token_loss import LossOptions, RowLosses, TeacherTopK, TokenLosses
+
+# Slots of all rows of a program, the most in one tile, and warps: 2 slots per thread.
+# Without the bound on registers ptxas spills two of them to fit one more program.
+ROWS_TILE = {"slots": 512, "num_warps": 8, "maxnreg": 128}
+
+
+def token_loss(
+    head: LMHead,
+    ids_nS: Tensor,
+    stats: Stats,
+    teacher: TeacherTopK,
+    label_n: Tensor | None,
+    coef_n: Tensor,
+    options: LossOptions,
+    *,
+    grad: bool,
+) -> RowLosses:
+    """Losses, statistics and gradients of one chunk, in one launch."""
+    assert isinstance(options.divergence, str)
+    (n, S), K = stats.z_ids.shape, teacher.ids.shape[1]
+    T, tail, new = options.temperature, options.tail, stats.lse_rest.new_empty
+    rule = resolve(options.divergence, options.beta, options.skew)
+    has_lse = T == 1.0 or stats.lse_base is not None
+    rows = TokenLosses(
+        new(n),
+        new(n),
+        new(n),
+        new(n) if has_lse else None,
+        new(n) if has_lse and label_n is not None else None,
+    )
+    entropy = None if stats.mean_rest is None else new(n)
+    grads = None
+    if grad:
+        on_base = options.needs_base and stats.lse_base is not None
+        grads = Stats(new(n, S), new(n), None, new(n) if on_base else None)
+    constant = 0.0 if tail in ("renorm_both", "truncate") else rule.constant
+    name = plain_name(options.divergence, options.beta, options.skew)
+    SB = min(ROWS_TILE["slots"], next_power_of_2(max(K, 1)))
+    BN = ROWS_TILE["slots"] // SB
+    launch(
+        "triton_token_loss:token_loss",
+        (cdiv(n, BN),),
+        stats.z_ids,
+        p_z=stats.z_ids.contiguous(),
+        p_ids=ids_nS.contiguous(),
+        p_teacher_ids=teacher.ids.contiguous(),
+        p_lp=teacher.lp.contiguous(),
+        p_log_tail=teacher.log_tail.contiguous(),
+        p_label=None if label_n is None else label_n.contiguous(),
+        p_coef=coef_n.contiguous(),
+        p_lse_rest=stats.lse_rest,
+        p_mean_rest=stats.mean_rest,
+        p_lse_base=stats.lse_base,
+        p_per_token=rows.per_token,
+        p_D=rows.divergence,
+        p_mass=rows.student_mass,
+        p_lse=rows.lse,
+        p_nll=rows.nll,
+        p_entropy=entropy,
+        p_g_slots=None if grads is None else grads.z_ids,
+        p_g_rest=None if grads is None else grads.lse_rest,
+        p_g_base=None if grads is None else grads.lse_base,
+        n=n,
+        K=K,
+        S=S,
+        T=float(T),
+        w=float(options.beta if name == "jsd" else options.skew),
+        floor=floor_of(teacher.lp.dtype),
+        outside=float(rule.outside or 0.0) if tail == "renorm_teacher" else 0.0,
+        on_ids=rule.on_ids if tail == "truncate" else 0.0,
+        constant=constant,
+        on_D=float(options.on_divergence),
+        on_ce=float(options.ce_weight),
+        on_z=float(options.z_loss),
+        on_slots=head.logit_scale / T,
+        cap=0.0 if head.softcap is None else float(head.softcap),
+        CAP=head.softcap is not None,
+        PHI=None if stats.z_ids.is_meta else jitted(f"triton_divergences:{name}"),
+        TAIL=tail,
+        CONSTANT=constant != 0.0,
+        BASE_GRAD=options.needs_base,
+        BN=BN,
+        SB=SB,
+        num_warps=ROWS_TILE["num_warps"],
+        maxnreg=ROWS_TILE["maxnreg"],
+    )
+    return RowLosses(rows, entropy, grads)

@@ -1,0 +1,162 @@
+"""The row mathematics of every backend against autograd in fp64, and its launches."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistill.kernels import topk_loss
+from fastdistill.kernels.backends import get_backend
+from fastdistill.kernels.divergences import floor_of
+from fastdistill.kernels.head import LMHead, Stats, slot_grads
+from fastdistill.kernels.token_loss import (
+    NEG,
+    Gathered,
+    LossOptions,
+    TeacherTopK,
+    entropy_of,
+    slot_ids,
+    token_loss_forward,
+)
+from helpers.counted_memory import NEED, counted  # noqa: F401  a fixture
+from helpers.present import present
+from helpers.tolerances import assert_close
+
+# divergence, tail, temperature, cross-entropy and z-loss, label, entropy, K, softcap, dtype
+CASES = [
+    ("forward_kl", "bucket", 1.0, 0.0, False, False, 7, None, torch.float64),
+    ("forward_kl", "renorm_teacher", 2.0, 0.3, True, True, 7, 30.0, torch.float64),
+    ("reverse_kl", "truncate", 1.0, 0.3, True, False, 7, None, torch.float32),
+    ("jsd", "bucket", 2.0, 0.3, True, True, 600, None, torch.float64),
+    ("jsd", "renorm_both", 2.0, 0.3, True, True, 7, 30.0, torch.float32),
+    ("tvd", "renorm_teacher", 1.0, 0.0, True, True, 7, None, torch.float64),
+    ("hellinger", "bucket", 1.0, 0.3, True, False, 7, 30.0, torch.float32),
+    ("hellinger", "renorm_both", 1.0, 0.3, False, True, 600, None, torch.float64),
+    ("skew_forward_kl", "truncate", 2.0, 0.0, True, True, 600, 30.0, torch.float64),
+    ("skew_reverse_kl", "bucket", 1.0, 0.3, True, True, 7, None, torch.float64),
+]
+
+
+def rows_of(K, dtype, with_label, base):
+    """(ids, statistics, answers, labels, coef) of six rows, one kind each."""
+    g = torch.Generator().manual_seed(1)
+    teacher_ids = torch.stack([torch.randperm(2 * K, generator=g)[:K] for _ in range(6)])
+    teacher_ids[1, 2:4] = -1  # empty slots
+    teacher_ids[2] = -1  # no answer
+    lp = torch.randn(6, K, generator=g, dtype=torch.float64).log_softmax(-1) - 0.3
+    lp = lp.masked_fill(teacher_ids < 0, floor_of(dtype))
+    lp[0, 0] = floor_of(dtype)
+    # The label: among the ids, absent (two), among them, none, another token.
+    label = torch.stack([teacher_ids[0, 3], *torch.tensor([2 * K, 2 * K, 0, -100, 2 * K])])
+    label[3] = teacher_ids[3, K - 1]
+    ids = slot_ids(teacher_ids, label if with_label else None).clone()
+    z = torch.randn(ids.shape, generator=g, dtype=torch.float64)
+    z = z.masked_fill(ids < 0, NEG)
+    rest = torch.tensor([4.0, 1.0, 2.0, 9.0 + K**0.5, NEG, 0.0], dtype=torch.float64)
+    stats = Stats(z, rest, rest.clamp(min=0.0) / 3, rest - 0.5 if base else None)
+    answers = TeacherTopK(teacher_ids, lp, torch.full((6,), -1.2, dtype=torch.float64))
+    return ids, stats, answers, label if with_label else None, torch.linspace(-1, 1, 6).double()
+
+
+def in_type(tensors, dtype):
+    return type(tensors)(
+        *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[6]}")
+def test_rows_against_autograd(case, impl):
+    name, tail, T, ce, with_label, with_entropy, K, softcap, dtype = case
+    options = LossOptions(name, 0.3, 0.2, tail, T, True, ce, 1e-2 if ce else 0.0)
+    head = LMHead(torch.empty(0), None, 0.7, softcap, None, T)
+    ids, stats, answers, label, coef = rows_of(K, dtype, with_label, T != 1.0)
+    stats = stats._replace(mean_rest=stats.mean_rest if with_entropy else None)
+    ids[5, 1] = -1  # a slot that another rank holds
+    z, rest = (t.clone().requires_grad_() for t in (stats.z_ids, stats.lse_rest))
+    base = None if stats.lse_base is None else stats.lse_base.clone().requires_grad_()
+    # The reference adds up the same rounded answers.
+    rounded = in_type(in_type(answers, dtype), torch.float64)
+    truth = token_loss_forward(Gathered(z, rest, base), rounded, label, options)
+    wanted = [t for t in (z, rest, base) if t is not None]
+    g_z, g_rest, *g_base = torch.autograd.grad(
+        (coef * truth.per_token).sum(), wanted, allow_unused=True, materialize_grads=True
+    )
+    out = get_backend(impl).token_loss(
+        head,
+        ids,
+        in_type(stats, dtype),
+        in_type(answers, dtype),
+        label,
+        coef.to(dtype),
+        options,
+        grad=True,
+    )
+    budget = 1e-9 if dtype == torch.float64 else 2e-5
+    for what, actual, expected in zip(truth._fields, out.rows, truth, strict=True):
+        assert (actual is None) == (expected is None), what
+        if expected is not None:
+            assert_close(actual, expected, budget, what)
+    if with_entropy:
+        unique = stats.z_ids > NEG / 2
+        lse = truth.lse
+        if lse is None or T != 1.0:
+            lse = torch.logaddexp(stats.lse_rest, stats.z_ids.logsumexp(-1))
+        mean = present(stats.mean_rest)
+        expected = entropy_of(stats.z_ids, stats.lse_rest, mean, lse, unique)
+        assert_close(out.entropy, expected, budget, "entropy")
+    grads = present(out.grads)
+    held = stats.z_ids.masked_fill(ids < 0, NEG)
+    assert_close(grads.z_ids, slot_grads(head, held, g_z), budget, "d slots")
+    assert (grads.z_ids[ids < 0] == 0).all()
+    assert_close(grads.lse_rest, g_rest, budget, "d lse_rest")
+    assert (grads.lse_base is None) == (base is None or not ce)
+    if grads.lse_base is not None:
+        assert_close(grads.lse_base, g_base[0], budget, "d lse_base")
+
+
+class Computed(TorchDispatchMode):
+    """Counts operators that compute, whatever they are."""
+
+    FREE = frozenset(
+        "device view slice select t transpose unsqueeze detach empty new_empty".split()
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "dtype", "label"),
+    [("forward_kl", torch.bfloat16, False), ("jsd", torch.float16, True)],
+)
+def test_a_chunk_launches_one_kernel_for_its_rows(counted, divergence, dtype, label):  # noqa: F811
+    options = LossOptions(divergence, temperature=2.0, ce_weight=0.1 if label else 0.0)
+    counts = []
+    for chunks in (2, 3):
+        N = 32 * chunks
+        with FakeTensorMode(), torch.no_grad(), Computed() as computed:
+            ids = torch.empty(N, 65 if label else 64, dtype=torch.int64)
+            teacher = TeacherTopK(ids[:, :64].contiguous(), torch.empty(N, 64), torch.empty(N))
+            topk_loss.fused(
+                get_backend("triton"),
+                LMHead(torch.empty(4096, 64, dtype=dtype), temperature=2.0),
+                torch.empty(N, 64, dtype=dtype),
+                ids,
+                teacher,
+                torch.empty(N, dtype=torch.int64) if label else None,
+                torch.empty(N),
+                options,
+                base=label,
+                entropy=label,
+                chunk=32,
+                **NEED,
+            )
+        counts.append(computed.count)
+    assert counted[1].count("triton_token_loss:token_loss") == 5
+    assert counts[1] - counts[0] <= (58 if dtype == torch.float16 else 20)
