@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.backends import get_backend
-from ..kernels.head import LMHead
+from ..kernels.engines import Backend
+from ..kernels.head import LMHead, Stats
 from ..kernels.row_scores import scores
-from ..kernels.token_loss import Gathered, LossOptions, TeacherTopK, token_loss_forward
+from ..kernels.token_loss import LossOptions, TeacherTopK, TokenLosses
 from ..runtime.backend import resolve_impl
 from .arguments import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .checks import check_labels, check_teacher
@@ -77,14 +78,15 @@ def token_scores(
         unscaled = head._replace(temperature=1.0)
         label_u = gather_logits(ops.hidden, unscaled, label_N.unsqueeze(-1), impl, None)[:, 0]
     with torch.autocast(hidden.device.type, enabled=False):
-        s = scores(get_backend(impl), head, ops.hidden, ids, label_u)
+        backend = get_backend(impl)
+        s = scores(backend, head, ops.hidden, ids, label_u)
     nll = rank = None
-    gathered = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
     kl = hellinger = mass = None
     if teacher_rows is not None:
-        kl, mass, nll = _rows(gathered, teacher_rows.teacher, label_N, "forward_kl", temperature)
-        squared = _rows(gathered, teacher_rows.teacher, label_N, "hellinger", temperature)[0]
-        hellinger = squared.clamp(min=0).sqrt()
+        stats = Stats(s.z_ids, s.lse_rest, None, s.lse_rest_base)
+        shared = (backend, head, ids, stats, teacher_rows.teacher, label_N)
+        _, kl, mass, _, nll = _rows(*shared, "forward_kl")
+        hellinger = _rows(*shared, "hellinger").divergence.clamp(min=0).sqrt()
     elif label_N is not None:
         nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
         nll = (nll - s.z_ids[:, -1] * temperature).masked_fill(label_N < 0, 0.0)
@@ -109,12 +111,18 @@ def token_scores(
 
 
 def _rows(
-    gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, name: str, temperature: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
-    options = LossOptions(name, temperature=temperature)
-    rows = token_loss_forward(gathered, teacher, label_N, options)
-    return rows.divergence, rows.student_mass, rows.nll
+    backend: Backend,
+    head: LMHead,
+    ids: Tensor,
+    stats: Stats,
+    teacher: TeacherTopK,
+    label_N: Tensor | None,
+    name: str,
+) -> TokenLosses:
+    """D and the other terms of a named divergence with the bucket tail, [N] each."""
+    options = LossOptions(name, temperature=head.temperature)
+    one = torch.ones_like(stats.lse_rest)
+    return backend.token_loss(head, ids, stats, teacher, label_N, one, options, grad=False).rows
 
 
 def _reference(

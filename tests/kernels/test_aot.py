@@ -33,6 +33,7 @@ FACTS = {
     "scatter_hidden": {"barriers": 10},
     "sum_divergence": {"loads": 4, "barriers": 5},
     "sum_runs": {"barriers": 0},
+    "token_loss": {"barriers": 17},
 }
 IN_PLACE = ("grad_rows", "grad_divergence")
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counted import on_gpu
+from benchmarks.gpus import H200
+from benchmarks.predict import operands
+from benchmarks.shapes import Shape
 from fastdistill.kernels import topk_loss
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.divergences import floor_of
@@ -18,7 +20,7 @@ from fastdistill.kernels.token_loss import (
     slot_ids,
     token_loss_forward,
 )
-from helpers.counted_memory import NEED, counted  # noqa: F401  a fixture
+from helpers.counted_memory import NEED
 from helpers.present import present
 from helpers.tolerances import assert_close
 
@@ -115,48 +117,37 @@ def test_rows_against_autograd(case, impl):
         assert_close(grads.lse_base, g_base[0], budget, "d lse_base")
 
 
-class Computed(TorchDispatchMode):
-    """Counts operators that compute, whatever they are."""
-
-    FREE = frozenset(
-        "device view slice select t transpose unsqueeze detach empty new_empty".split()
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ not in self.FREE
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
-    ("divergence", "dtype", "label"),
-    [("forward_kl", torch.bfloat16, False), ("jsd", torch.float16, True)],
+    ("divergence", "dtype", "label", "operators"),
+    [("forward_kl", torch.bfloat16, False, 16), ("jsd", torch.float16, True, 54)],
 )
-def test_a_chunk_launches_one_kernel_for_its_rows(counted, divergence, dtype, label):  # noqa: F811
+def test_a_chunk_launches_one_kernel_for_its_rows(divergence, dtype, label, operators):
     options = LossOptions(divergence, temperature=2.0, ce_weight=0.1 if label else 0.0)
     counts = []
     for chunks in (2, 3):
-        N = 32 * chunks
-        with FakeTensorMode(), torch.no_grad(), Computed() as computed:
-            ids = torch.empty(N, 65 if label else 64, dtype=torch.int64)
-            teacher = TeacherTopK(ids[:, :64].contiguous(), torch.empty(N, 64), torch.empty(N))
+        N, K = 32 * chunks, 64
+        with on_gpu(H200) as calls, torch.no_grad():
+            data = operands(Shape(N, 64, 4096, K), dtype)
+            labels = data.labels if label else None
+            t = present(data.teacher)
+            teacher = TeacherTopK(t.ids, t.logprobs, present(t.log_tail))
+            ids = slot_ids(teacher.ids, labels)
+            head = LMHead(data.weight, temperature=2.0)
+            calls.clear()
             topk_loss.fused(
                 get_backend("triton"),
-                LMHead(torch.empty(4096, 64, dtype=dtype), temperature=2.0),
-                torch.empty(N, 64, dtype=dtype),
+                head,
+                data.hidden,
                 ids,
                 teacher,
-                torch.empty(N, dtype=torch.int64) if label else None,
-                torch.empty(N),
+                labels,
+                torch.empty(N, device="cuda"),
                 options,
                 base=label,
                 entropy=label,
                 chunk=32,
                 **NEED,
             )
-        counts.append(computed.count)
-    assert counted[1].count("triton_token_loss:token_loss") == 5
-    assert counts[1] - counts[0] <= (58 if dtype == torch.float16 else 20)
+        assert calls.kernels()["triton_token_loss:token_loss"] == chunks
+        counts.append(calls.counts()["operators"])
+    assert counts[1] - counts[0] <= operators
