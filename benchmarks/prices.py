@@ -99,7 +99,6 @@ PRICES: dict[str, Price] = {
     "triton_token_loss:token_loss": _streamed,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,
-    "triton_token_loss:token_loss": _streamed,
     "triton_dense:sum_divergence": _streamed,
     "triton_dense:grad_divergence": _streamed,
     "triton_gather:gather_rows": _rows,
