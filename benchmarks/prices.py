@@ -48,6 +48,11 @@ TOPK_RATE = 2048 * 131072 * 4 / 3.01e-3
 REDUCE_INSTRUCTIONS = {True: 34, False: 19}
 REDUCE_BASE = 11
 GROUP_INSTRUCTIONS = 29  # of reduce_groups per logit
+# Of the dense kernels per pair of logits: with forward KL, and with JSD, the longest.
+DENSE_INSTRUCTIONS = {
+    "triton_dense:sum_divergence": (22, 64),
+    "triton_dense:grad_divergence": (26, 57),
+}
 ENTRY = 0.375e-6  # sum_runs: one entry of a run, whose loads depend on one another
 LONGEST_RUN = 0.3  # share of the tokens whose answers contain the most frequent id
 
@@ -68,6 +73,13 @@ def _reduced(gpu: GPU, launch: Launch, rate: float) -> float:
 def _grouped(gpu: GPU, launch: Launch, rate: float) -> float:
     logits = math.prod(launch.arguments["p_raw"].shape)
     return max(_moved(launch) / rate, logits * GROUP_INSTRUCTIONS / gpu.instructions)
+
+
+def _dense(gpu: GPU, launch: Launch, rate: float) -> float:
+    is_short = str(launch.arguments["PHI"]).endswith("forward_kl")
+    each = DENSE_INSTRUCTIONS[launch.kernel][not is_short]
+    pairs = math.prod(launch.arguments["p_raw"].shape)
+    return max(_moved(launch) / rate, pairs * each / gpu.instructions)
 
 
 def _rows(gpu: GPU, launch: Launch, rate: float) -> float:
@@ -99,8 +111,8 @@ PRICES: dict[str, Price] = {
     "triton_token_loss:token_loss": _streamed,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,
-    "triton_dense:sum_divergence": _streamed,
-    "triton_dense:grad_divergence": _streamed,
+    "triton_dense:sum_divergence": _dense,
+    "triton_dense:grad_divergence": _dense,
     "triton_gather:gather_rows": _rows,
     "triton_gather:scatter_hidden": _rows,
     "triton_gather:sum_runs": _runs,

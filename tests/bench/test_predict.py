@@ -84,8 +84,10 @@ def test_every_launched_kernel_has_a_price_and_a_contender_may_have_no_model():
 
 
 class Bounds(NamedTuple):
-    """At most so many GEMMs, launches of Triton kernels and operators that run a kernel; the
-    predicted time as a multiple of the floor, and what it should come to."""
+    """What a call costs at most: GEMMs, launches of Triton kernels, operators that run a kernel.
+
+    ratio is the predicted time as a multiple of the floor, wanted what it should come to.
+    """
 
     gemms: int
     launches: int
