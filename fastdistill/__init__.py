@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
     from .teachers.cache import CacheError, TeacherCache
     from .teachers.fidelity import FidelityReport
-    from .teachers.http import ServedTeacher
+    from .teachers.http import OpenAISampler, ServedTeacher
     from .teachers.local import Teacher, load_teacher
     from .teachers.routed import RoutedTeacher
     from .training.config import DistillConfig
@@ -37,6 +37,7 @@ __all__ = [
     "Int8Linear",
     "LUT4Linear",
     "LinearDistillLoss",
+    "OpenAISampler",
     "RoutedTeacher",
     "SelectedLogits",
     "SelfTeacher",
@@ -69,7 +70,7 @@ _NAMES_OF = {
     "losses.linear_head": ("linear_logprobs_at", "linear_lse_gather", "linear_topk"),
     "quant": ("Int8Linear", "LUT4Linear", "quantize_model", "save_quantized"),
     "losses.scores": ("token_scores",),
-    "teachers.http": ("ServedTeacher",),
+    "teachers.http": ("OpenAISampler", "ServedTeacher"),
     "teachers.local": ("Teacher", "load_teacher"),
     "teachers.routed": ("RoutedTeacher",),
     "training.config": ("DistillConfig",),

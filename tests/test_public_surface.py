@@ -148,6 +148,7 @@ EXPORTED = {
     "Int8Linear",
     "LUT4Linear",
     "LinearDistillLoss",
+    "OpenAISampler",
     "RoutedTeacher",
     "SelectedLogits",
     "SelfTeacher",

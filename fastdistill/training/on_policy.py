@@ -25,10 +25,11 @@ from ..hf.collator import padded
 from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder
 from ..hf.generation import ends_of, generate_rows
 from ..hf.lm_head import rows_of_head
-from ..hf.positions import RowLimit, row_limit, shortest_of
+from ..hf.positions import RowLimit, check_new_tokens, row_limit, shortest_of
 from ..runtime import checks
 from .checks.dataset import some_of
 from .config import DistillConfig
+from .samplers import Sampler, SampleRequest, sampled_by
 
 EXCERPTS = 3  # samples per log
 # Entries of a batch that do not depend on the completions.
@@ -106,6 +107,7 @@ def sample(
     vocab: int | None,
     synced: bool,
     limits: Sequence[RowLimit] | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Tensor]:
     """Return a batch of the same prompts, with completions sampled by the student as targets.
 
@@ -114,14 +116,57 @@ def sample(
         vocab: ids from here on are padding of the student's head and are never sampled.
         synced: other processes generate at the same time and must run the same number of steps.
         limits: the longest rows that student and teacher can read; None uses the student's.
+        sampler: samples instead of the student in this process.
 
     Raises:
-        ValueError: a prompt with max_new_tokens is longer than one of the limits.
+        ValueError: a prompt with max_new_tokens is longer than one of the limits, or the sampler's
+            completions are invalid.
     """
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
-    read = [row_limit("student", model)] if limits is None else limits
+    limit = shortest_of([row_limit("student", model)] if limits is None else limits)
     keys = _keys(config, step, prompts)
+    if sampler is not None:
+        if limit is not None:
+            for i, prompt in enumerate(prompts):
+                check_new_tokens(limit, len(prompt), config.max_new_tokens, f" (row {i})")
+        request = SampleRequest(
+            [prompt.tolist() for prompt in prompts],
+            [int(uniform(*key) * 2**31) for key in keys],
+            config.max_new_tokens,
+            config.sampling_temperature,
+            config.top_p,
+            ends,
+            rows_of_head(model) if vocab is None else vocab,
+            model,
+            step,
+        )
+        new = sampled_by(sampler, request)
+    else:
+        new = _generate(model, prompts, keys, config, pad_id, ends, vocab, synced, limit, device)
+    rows = []
+    for prompt, tokens in zip(prompts, new, strict=True):
+        completion = torch.tensor(tokens, dtype=torch.long)
+        ids = torch.cat([prompt, completion])
+        targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
+        rows.append(EncodedExample(ids, targets, torch.ones_like(ids)))
+    carried = {name: batch[name] for name in _CARRIED if name in batch}
+    return {name: x.to(device) for name, x in padded(rows, pad_id).items()} | carried
+
+
+def _generate(
+    model: Any,
+    prompts: list[Tensor],
+    keys: list[tuple[object, ...]],
+    config: DistillConfig,
+    pad_id: int,
+    ends: list[int],
+    vocab: int | None,
+    synced: bool,
+    limit: RowLimit | None,
+    device: torch.device,
+) -> list[list[int]]:
+    """Return completions of the student in this process; keys determine every token."""
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
         padding = [] if vocab is None else list(range(vocab, rows_of_head(model)))
@@ -134,7 +179,7 @@ def sample(
             processors.append(TopPLogitsWarper(float(config.top_p)))
         return [*processors, _KeyedChoice([keys[i] for i in rows], width)]
 
-    new = generate_rows(
+    return generate_rows(
         model,
         [prompt.tolist() for prompt in prompts],
         max_new_tokens=config.max_new_tokens,
@@ -143,17 +188,9 @@ def sample(
         device=device,
         processors=chosen,
         synced=synced,
-        limit=shortest_of(read),
+        limit=limit,
         shorten=False,
     )
-    rows = []
-    for prompt, tokens in zip(prompts, new, strict=True):
-        completion = torch.tensor(tokens, dtype=torch.long)
-        ids = torch.cat([prompt, completion])
-        targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
-        rows.append(EncodedExample(ids, targets, torch.ones_like(ids)))
-    carried = {name: batch[name] for name in _CARRIED if name in batch}
-    return {name: x.to(device) for name, x in padded(rows, pad_id).items()} | carried
 
 
 def excerpts(batch: Mapping[str, Tensor], tokenizer: Any) -> list[dict[str, str]]:

@@ -44,6 +44,7 @@ from .logs.run_log import RunLog
 from .loss import Answers, Loss, LossResult, ScoringAnswers, TeacherHidden
 from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
+from .samplers import Sampler
 from .self_teacher import FollowStudent, SelfTeacher
 from .student import (
     check_packable,
@@ -90,6 +91,9 @@ class DistillTrainer(WholeCheckpoints):
         callbacks, optimizers: as in transformers.Trainer.
         loss: replaces Loss(args) in training, but not in evaluation:
             loss(hidden, head, targets, answers, labels_count=…) -> LossResult.
+        sampler: samples the completions of on-policy steps instead of the student in this process:
+            sampler(SampleRequest) -> ids of each completion (training/samplers.py). OpenAISampler
+            gets them from a server.
 
     `evaluate` returns loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket
     tail), agreement (share of positions where both rank the same token first), teacher_mass and
@@ -115,6 +119,7 @@ class DistillTrainer(WholeCheckpoints):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         loss: Callable[..., LossResult] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         args = DistillConfig("trainer_output") if args is None else args
         if not isinstance(args, DistillConfig):
@@ -126,6 +131,11 @@ class DistillTrainer(WholeCheckpoints):
             )
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
+        if sampler is not None and not callable(sampler):
+            raise TypeError(f"sampler: expected a function or None, got {type(sampler).__name__}")
+        if sampler is not None and not args.lmbda:
+            hint = "lmbda=0 never samples"
+            checks.fail("sampler", "None with lmbda=0", type(sampler).__name__, hint)
         check_kinds(train_dataset, eval_dataset)
         check_named_checkpoint(args.resume_from_checkpoint)
         student = prepare_student(model, args, peft_config)
@@ -175,6 +185,7 @@ class DistillTrainer(WholeCheckpoints):
         # of the accumulated batch, passes the number to compute_loss, and does not divide itself.
         self.model_accepts_loss_kwargs = False
         self.panel: Panel | None = None
+        self._sampler = sampler
         self._measured = Loss(args, args.selection)
         self._loss = self._measured if loss is None else loss
         resolved = resolve_teacher(teacher, self.model, args, processing_class)
@@ -234,6 +245,7 @@ class DistillTrainer(WholeCheckpoints):
                 "ends": ends_of(model, self.processing_class),
                 "vocab": self._valid_vocab,
                 "limits": self.data_collator.limits,
+                "sampler": self._sampler,
                 "synced": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             }
             with self.compute_loss_context_manager():

@@ -10,10 +10,19 @@ from ...runtime.lazy import lazy_names
 from .client import ServedTeacher
 from .connection import NoAnswer
 from .response_checks import WrongAnswer
+from .sampler import OpenAISampler
 
 if TYPE_CHECKING:
     from .server import make_app, serve
 
-__all__ = ["NoAnswer", "ServedTeacher", "WrongAnswer", "is_url", "make_app", "serve"]
+__all__ = [
+    "NoAnswer",
+    "OpenAISampler",
+    "ServedTeacher",
+    "WrongAnswer",
+    "is_url",
+    "make_app",
+    "serve",
+]
 
 __getattr__ = lazy_names(__name__, {"make_app": "server", "serve": "server"}, extra="serve")
