@@ -95,6 +95,7 @@ class WholeCheckpoints(FiniteUpdates):
         self.already_done = False
         folder = self._choose_checkpoint(resume_from_checkpoint)
         self._without_state = folder is not None and missing_state(Path(folder)) is not None
+        self._check_pass_of_stream(folder)
         self._compare_settings(folder)
         self.check_weights("before training")
         student = without_adapters(self.accelerator.unwrap_model(self.model))
@@ -144,6 +145,23 @@ class WholeCheckpoints(FiniteUpdates):
         if problem is not None:
             raise ValueError(problem)
         return folder
+
+    def _check_pass_of_stream(self, folder: str | None) -> None:
+        """Raise ValueError if a checkpoint is of a later pass over a stream than the first.
+
+        transformers counts steps from the first row of the first pass: it would read rows again
+        that the run has trained on in this pass."""
+        if folder is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return
+        state = read_state(Path(folder))
+        if state.get("epoch", 0) > 1 and not self._is_done_at(state):
+            checks.fail(
+                "resume_from_checkpoint",
+                "a checkpoint of the first pass over a stream, whose length is unknown",
+                f"{Path(folder).name}, of pass {int(state['epoch']) + 1}",
+                "give the run rows with a length (streaming=False), so that it can continue; or "
+                "pass ignore_data_skip=True to read the stream again from its start",
+            )
 
     def _compare_settings(self, folder: str | None) -> None:
         """Record the settings that differ from those of the checkpoint.

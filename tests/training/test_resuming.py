@@ -18,25 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallb
 
 from fastdistill.training import checkpoints
 from fastdistill.training.trainer import DistillTrainer
+from helpers.interrupted import SAVING, StopAt
 from helpers.present import present
 from helpers.training import build, config, flat, llama, ragged, train, weights
-
-SAVING = {
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "max_steps": 6,
-    "optim": "adamw_torch",
-    "lr_scheduler_type": "linear",
-    "per_device_train_batch_size": 4,
-}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop |= state.global_step == self.step
 
 
 def half(tmp_path, **options):
