@@ -2,7 +2,8 @@
 
 A name is an op (measured at --shape, --tokens and --k), a suite with its own shapes, or a study
 (such as gradient_error). The default is sparse_loss and gradient_error, for the README.
-`plot` measures nothing: it draws the README's picture, docs/pictures/loss.svg, from the results.
+`plot` measures nothing: it draws docs/pictures/loss.svg and, once there are results of
+benchmarks.real_model, docs/pictures/real-model.svg.
 `predict` measures nothing: it prints what the losses should take on a GPU that nobody measured yet.
 """
 
@@ -140,11 +141,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
 
 
 def _plot() -> int:
+    from fastdistill.runtime.json_text import read_json
+
     from .readme_plot import write
     from .registry import Missing
+    from .rows import RESULTS
 
     try:
         print(write())
+        if (RESULTS / "real_model.json").is_file():
+            from .real_model import save_picture
+
+            print(save_picture(read_json(RESULTS / "real_model.json", dict)))
     except Missing as reason:
         _say(str(reason))
         return 1

@@ -300,6 +300,17 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def samples_table(result: dict[str, Any]) -> str:
+    """Return a line per model and held-out prompt, with the model's greedy answer."""
+    lines = ["| prompt | model | answer |", "|---|---|---|"]
+    for prompt, answers in result["samples"].items():
+        for model, text in answers.items():
+            if text is not None:
+                cell = " ".join(text.replace("|", " ").replace("`", "'").split())
+                lines.append(f"| {prompt} | {model} | `{cell or ' '}` |")
+    return "\n".join(lines)
+
+
 def conclusion(result: dict[str, Any]) -> str:
     """Return whether top-k KL beats labels at equal time, on each kind of text, with intervals."""
     sentences = []
@@ -377,16 +388,19 @@ def write(result: dict[str, Any], folder: Path = RESULTS, drawing: Path = PICTUR
     table.writeheader()
     table.writerows(result["table"])
     write_atomically(folder / "real_model.csv", text.getvalue())
-    options: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastdistill"}
-    with matplotlib.rc_context(options):
-        for path, metadata in (
-            (folder / "real_model.png", {"Software": None}),
-            (drawing, {"Date": None}),
-        ):
-            content = io.BytesIO()
-            kind = path.suffix.removeprefix(".")
-            picture(result).savefig(content, format=kind, dpi=120, metadata=metadata)
-            write_atomically(path, content.getvalue())
+    save_picture(result, folder / "real_model.png")
+    save_picture(result, drawing)
+
+
+def save_picture(result: dict[str, Any], path: Path = PICTURE) -> Path:
+    """Draw the curves into a .png or .svg file, and return its path."""
+    kind = path.suffix.removeprefix(".")
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastdistill"}):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        picture(result).savefig(content, format=kind, dpi=120, metadata=metadata)
+    write_atomically(path, content.getvalue())
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -403,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args.out, args.steps, args.seeds)
     else:
         result = document(args.out, args.steps, args.seeds)
-        print(markdown(result), conclusion(result), sep="\n\n")
+        print(markdown(result), conclusion(result), samples_table(result), sep="\n\n")
         if args.verb == "write":
             write(result)
 

@@ -69,6 +69,13 @@ def test_the_conclusion_follows_the_interval(result):
     assert "top-k KL is worse than labels" in real_model.conclusion({**result, "table": worse})
 
 
+def test_samples_fit_a_cell():
+    samples = {"Why?": {"teacher": "a|b\n`c`", "labels": None}}
+    assert real_model.samples_table({"samples": samples}).splitlines()[2:] == [
+        "| Why? | teacher | `a b 'c'` |"
+    ]
+
+
 def test_arms_that_learn_from_labels_have_the_rate_of_labels():
     arms = real_model.with_rates(ARMS, {"labels": 2.0, "top-k KL": 1.0})
     assert {arm.name for arm in arms if arm.learning_rate == 2.0} == {"labels", "hard labels"}
