@@ -91,13 +91,19 @@ def _rows(gpu: GPU, launch: Launch, rate: float) -> float:
 
 
 def _runs(gpu: GPU, launch: Launch, rate: float) -> float:
-    """As `_rows`, and the rows of dW whose ids occur; at least the longest run of one id."""
+    """As `_rows`, and the rows of dW whose ids occur; at least the longest run up to a cut."""
     a = launch.arguments
     moved = _rows(gpu, launch, rate)
     if a["p_dw"] is not None:
         ids = min(a["E"], a["p_dw"].shape[0])
         moved += ids * a["H"] * a["p_dw"].dtype.itemsize / gpu.copy
-    return max(moved, LONGEST_RUN * a["p_x"].shape[0] * ENTRY)
+    return max(moved, min(LONGEST_RUN * a["p_x"].shape[0], a["BC"]) * ENTRY)
+
+
+def _parts(gpu: GPU, launch: Launch, rate: float) -> float:
+    """One part of a run; `_runs` has the bytes of all."""
+    a = launch.arguments
+    return min(LONGEST_RUN * a["p_x"].shape[0], a["BC"]) * ENTRY
 
 
 def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
@@ -115,6 +121,7 @@ PRICES: dict[str, Price] = {
     "triton_dense:grad_divergence": _dense,
     "triton_gather:gather_rows": _rows,
     "triton_gather:scatter_hidden": _rows,
+    "triton_gather:sum_parts": _parts,
     "triton_gather:sum_runs": _runs,
 }
 

@@ -188,7 +188,7 @@ def _add_grads(
         if dw is not None:
             triton_filter.add_weight_product(dz, hidden_nH, live, dw, first)
         if dw is not None or db is not None:
-            gpu_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True)
+            gpu_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True, spare=dx)
         if dx is not None:
             part = triton_filter.hidden_product(dz, weight, live)
             gpu_gather.hidden_grad(head, ids, g_nS, dx, base=part)

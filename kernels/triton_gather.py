@@ -5,7 +5,9 @@
 
 All three are bound by reading N·S rows of H values (of W for the first two, of x for dW). For dW
 the N·S entries are sorted by id; a program sums the runs that start among its entries, in order,
-and writes each row once: no atomics, no partial sums, deterministic, no length read on the host.
+and writes each row once. Runs are cut at every multiple of BC entries, or a frequent token would be
+the work of one program; the parts are added in order: no atomics, deterministic, no length read on
+the host.
 """
 
 from __future__ import annotations
@@ -107,66 +109,142 @@ def scatter_hidden(
 
 
 @triton.jit
+def _add_entry(
+    b_dw,
+    b_db,
+    p_x,
+    p_tokens,
+    p_g,
+    i_sorted,
+    o_h,
+    H,
+    ld_x,
+):
+    """The sums with the entry at i_sorted added."""
+    i_token = tl.load(p_tokens + i_sorted).to(tl.int64)
+    b_g = tl.load(p_g + i_sorted)
+    b_x = tl.load(p_x + i_token * ld_x + o_h, mask=o_h < H, other=0.0)
+    return b_dw + b_g * b_x.to(b_g.dtype), b_db + b_g
+
+
+@triton.jit
+def _write_row(
+    b_dw, b_db, p_dw, p_db, i_id, m_row, i_column_block, o_h, H, ld_dw, ADD: tl.constexpr
+):
+    """Write the sums of one id, or add them, if m_row."""
+    if p_dw is not None:
+        m_write = m_row & (o_h < H)
+        p_row = p_dw + i_id.to(tl.int64) * ld_dw + o_h
+        if ADD:
+            b_dw += tl.load(p_row, mask=m_write, other=0.0).to(b_dw.dtype)
+        tl.store(p_row, round_to(b_dw, p_dw.dtype.element_ty), mask=m_write)
+    if p_db is not None:
+        m_once = m_row & (i_column_block == 0)
+        if ADD:
+            b_db += tl.load(p_db + i_id, mask=m_once, other=0.0).to(b_db.dtype)
+        tl.store(p_db + i_id, round_to(b_db, p_db.dtype.element_ty), mask=m_once)
+
+
+@triton.jit
+def sum_parts(
+    p_x,
+    p_ids,
+    p_tokens,
+    p_g,
+    p_parts,
+    p_db_parts,
+    E,
+    H,
+    ld_x,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Part b of a run that began before entry b·BC: Σ g_e x_e and Σ g_e over its entries there.
+
+    Args:
+        p_x, p_ids, p_tokens, p_g: as in sum_runs.
+        p_parts: [⌈E / BC⌉, H] or None. p_db_parts: [⌈E / BC⌉]. Other parts are not written.
+
+    Program (b, j) owns one block of BC entries and BH columns.
+    """
+    i_block = tl.program_id(0) + 1  # no run began before block 0
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    i_first = i_block * BC
+    i_id = tl.load(p_ids + i_first)
+    if (i_id >= 0) & (tl.load(p_ids + i_first - 1) == i_id):
+        o_entries = i_first + tl.arange(0, BC)
+        b_ids = tl.load(p_ids + o_entries, mask=o_entries < E, other=-1)
+        n_run = tl.sum((b_ids == i_id).to(tl.int32), 0)  # sorted: they come first
+        DT: tl.constexpr = p_g.dtype.element_ty
+        b_dw = tl.zeros([BH], DT)
+        b_db = tl.zeros([], DT)
+        for i_sorted in range(i_first, i_first + n_run):
+            b_dw, b_db = _add_entry(b_dw, b_db, p_x, p_tokens, p_g, i_sorted, o_h, H, ld_x)
+        if p_parts is not None:
+            tl.store(p_parts + i_block.to(tl.int64) * H + o_h, b_dw, mask=o_h < H)
+        tl.store(p_db_parts + i_block, b_db, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
 def sum_runs(
     p_x,
     p_ids,
-    p_entries,
+    p_tokens,
     p_g,
     p_starts,
+    p_parts,
+    p_db_parts,
     p_dw,
     p_db,
     E,
-    S,
     H,
     ld_x,
     ld_dw,
     ADD: tl.constexpr,
     BE: tl.constexpr,
+    BC: tl.constexpr,
     BH: tl.constexpr,
 ):
     """dW_v = Σ g_e x_e and db_v = Σ g_e over the entries e with id v, written once per id.
 
     Args:
-        p_x: [N, H] hidden states, row stride ld_x. p_g: [N, S], d(W x).
-        p_ids: int64 [E], the ids of all N·S entries, sorted; −1 in empty slots.
-        p_entries: int64 [E], the entry n·S + s of each sorted id.
-        p_starts: int64 [⌈E / BE⌉ + 1]: where the first run of an id starts at or after each block
+        p_x: [N, H] hidden states, row stride ld_x.
+        p_ids: int32 [E], the ids of all N·S entries, sorted; −1 in empty slots.
+        p_tokens: int32 [E], the token of each sorted entry. p_g: [E], its d(W x).
+        p_starts: int32 [⌈E / BE⌉ + 1]: where the first run of an id starts at or after each block
             of BE entries; E if none does.
+        p_parts, p_db_parts: what sum_parts wrote: the runs beyond a multiple of BC.
         p_dw: [V, H] or None, row stride ld_dw. p_db: [V] or None.
         ADD: add to p_dw and p_db instead of writing.
 
-    Program (b, j) owns the runs that start in block b of BE entries, and BH columns of dW.
+    Program (b, j) owns the runs that start in block b of BE entries, and BH columns of dW. BC is a
+    multiple of BE: only the last of its runs has parts.
     """
     i_block = tl.program_id(0)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    i_column_block = tl.program_id(1)
+    o_h = i_column_block * BH + tl.arange(0, BH)
     DT: tl.constexpr = p_g.dtype.element_ty
     i_first = tl.load(p_starts + i_block)  # the first run that starts in this block …
     i_end = tl.load(p_starts + i_block + 1)  # … up to the first that starts after it
+    i_part = (i_block * BE) // BC + 1
+    i_cut = tl.minimum(i_end, i_part * BC)
     b_dw = tl.zeros([BH], DT)
     b_db = tl.zeros([], DT)
-    for i_sorted in range(i_first, i_end):
+    for i_sorted in range(i_first, i_cut):
         i_id = tl.load(p_ids + i_sorted)
-        i_entry = tl.load(p_entries + i_sorted)
-        b_g = tl.load(p_g + i_entry)
-        b_x = tl.load(p_x + (i_entry // S) * ld_x + o_h, mask=o_h < H, other=0.0)
-        b_dw += b_g * b_x.to(DT)
-        b_db += b_g
+        b_dw, b_db = _add_entry(b_dw, b_db, p_x, p_tokens, p_g, i_sorted, o_h, H, ld_x)
         m_last = (i_sorted + 1 == E) | (
             tl.load(p_ids + i_sorted + 1, mask=i_sorted + 1 < E, other=-1) != i_id
         )
-        if p_dw is not None:
-            m_write = m_last & (o_h < H)
-            b_row = b_dw
-            if ADD:
-                b_row += tl.load(p_dw + i_id * ld_dw + o_h, mask=m_write, other=0.0).to(DT)
-            tl.store(
-                p_dw + i_id * ld_dw + o_h, round_to(b_row, p_dw.dtype.element_ty), mask=m_write
-            )
-        if p_db is not None:
-            m_once = m_last & (tl.program_id(1) == 0)
-            b_bias = b_db
-            if ADD:
-                b_bias += tl.load(p_db + i_id, mask=m_once, other=0.0).to(DT)
-            tl.store(p_db + i_id, round_to(b_bias, p_db.dtype.element_ty), mask=m_once)
+        _write_row(b_dw, b_db, p_dw, p_db, i_id, m_last, i_column_block, o_h, H, ld_dw, ADD)
         b_dw = tl.where(m_last, 0.0, b_dw)
         b_db = tl.where(m_last, 0.0, b_db)
+    m_cut = (i_first < i_cut) & (i_cut < i_end)
+    if m_cut:
+        for i_next in range(i_part, tl.cdiv(i_end, BC)):
+            if p_parts is not None:
+                i_row = tl.full([], i_next, tl.int64)
+                b_dw += tl.load(p_parts + i_row * H + o_h, mask=o_h < H, other=0.0)
+            b_db += tl.load(p_db_parts + i_next)
+        i_id = tl.load(p_ids + i_cut)
+        _write_row(b_dw, b_db, p_dw, p_db, i_id, m_cut, i_column_block, o_h, H, ld_dw, ADD)
