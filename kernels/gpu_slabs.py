@@ -238,7 +238,7 @@ def recompute(
     slab, wide_dw = _recompute_memory(head, N, need_weight, narrow)
     size, columns = slab.shape
     tiles = []
-    for rows in list(blocks(N, size)) or [slice(0, 0)]:
+    for rows in list(blocks(N, max(size, 1))) or [slice(0, 0)]:
         part = Stats._make(None if t is None else t[rows] for t in stats)
         up = Stats._make(None if t is None else t[rows] for t in scaled_up)
         to_dz = grad_rows(head, ids[rows], g_NS[rows], part, up)
