@@ -39,7 +39,7 @@ def topk_memory(head: LMHead, tokens: int, k: int, temperatures: int) -> tuple[i
     members = copies * k if takes_groups(head.vocab_size, k) else 0
     per_row = (groups + members) * GROUP + (temperatures + 3) * groups + 12 * k
     step = max(1, CHUNK_BYTES // (per_row * head.dtype.itemsize))
-    step = min(step if step < 128 else step // 128 * 128, -(-tokens // 2))
+    step = min(step if step < 128 else step // 128 * 128, max(1, -(-tokens // 2)))
     return step, head.weight.new_empty(step, groups * GROUP, dtype=head.dtype)
 
 
