@@ -3,40 +3,32 @@
     python examples/distill.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-8B \\
         --teacher_quant nf4 --data train.jsonl --output_dir out --bf16
 
-Each line of the data is an object with messages, prompt and completion, text, or input_ids. Every
-field of DistillConfig is an option. Re-run the same command to resume from the last finished
-checkpoint.
+Each row of the data has messages, prompt and completion, text, or input_ids. It is a .jsonl, .json,
+.parquet or .csv file, a folder saved by datasets, or a name on the hub with its split
+(owner/name:train). Every field of DistillConfig is an option. Re-run the same command to resume
+from the last finished checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from fastdistill import DistillConfig, DistillTrainer, load_teacher
+from fastdistill.hf.open_dataset import open_dataset
 
 
 @dataclass
 class Script:
     student: str = field(metadata={"help": "path or name of the model to train"})
     teacher: str = field(metadata={"help": "path or name of the model to learn from"})
-    data: str = field(metadata={"help": "JSON lines to train on"})
-    eval_data: str | None = field(default=None, metadata={"help": "JSON lines to evaluate on"})
+    data: str = field(metadata={"help": "rows to train on"})
+    eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on"})
     teacher_quant: str | None = field(default=None, metadata={"help": "nf4, fp4, int4 or int8"})
     lora_rank: int | None = field(default=None, metadata={"help": "train adapters, not weights"})
     tensor_parallel: int = field(default=1, metadata={"help": "ranks that share one student"})
-
-
-def lines(path: str | None) -> list[dict[str, Any]] | None:
-    if path is None:
-        return None
-    return [
-        json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line
-    ]
 
 
 def main() -> None:
@@ -58,8 +50,8 @@ def main() -> None:
         student,
         load_teacher(script.teacher, quant=script.teacher_quant, device=config.device),
         config,
-        train_dataset=lines(script.data),
-        eval_dataset=lines(script.eval_data),
+        train_dataset=open_dataset(script.data),
+        eval_dataset=None if script.eval_data is None else open_dataset(script.eval_data),
         processing_class=AutoTokenizer.from_pretrained(script.student),
         peft_config=adapters,
     )

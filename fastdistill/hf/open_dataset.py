@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,23 @@ _TABLES = (".parquet", ".csv")
 _MARKS = ("state.json", "dataset_dict.json")  # of a folder saved by datasets
 
 
-def open_dataset(source: str | Path, name: str = "data") -> Any:
+def open_dataset(
+    source: str | Path, name: str = "data", check: Callable[[Any], Any] = check_example
+) -> Any:
     """Return the rows that a file, a folder or a hub name refers to, with length and index.
 
     Args:
-        source: see above. name: the argument that errors name.
+        source: see above. name: the argument that errors name. check: called with every row;
+            raises ValueError or TypeError to reject it.
 
     Raises:
         ValueError: nothing is there, it cannot be read, it has several splits and none is named,
-        or a row, named by its number, is not an example (see columns.py).
+        or a row, named by its number, is rejected: by default, if it is no example (columns.py).
         ImportError: the package datasets is needed and not installed.
     """
     path = Path(source).expanduser()
     if path.suffix in SUFFIXES and not _is_json_list(path):
-        return JsonLines(path, name, check_example)
+        return JsonLines(path, name, check)
     if path.suffix in SUFFIXES:
         rows = _json_list(path, name)
     else:
@@ -53,7 +57,7 @@ def open_dataset(source: str | Path, name: str = "data") -> Any:
         fail(name, "an example", f"none in {printable(source)}")
     for number, row in enumerate(rows, 1):
         try:
-            check_example(row)
+            check(row)
         except (ValueError, TypeError) as error:
             place = f"row {number} of {printable(source)}"
             raise type(error)(f"{name}: {error} ({place})") from None

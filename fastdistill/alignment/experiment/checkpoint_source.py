@@ -15,11 +15,12 @@ from statistics import fmean
 from typing import Any
 
 from ...hf.checkpoint import StoredModel
-from ...hf.jsonl import JsonLines
+from ...hf.open_dataset import open_dataset
 from ...hf.source import is_adapter, model_source
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail
+from ...runtime.printable import printable
 from ..audits.behaviour import CapabilityAudit
 from ..audits.generic_probes import GENERIC_PROBES
 from ..audits.probes import Probes
@@ -47,11 +48,12 @@ class CheckpointSource(Source):
 
     Args:
         teacher: U. base: M. benign: U's benign twin, optional.
-        pool: JSON lines of {"prompt": a text or a mapping of system and user, "domain": a name,
-            "kind": open, goals or shown}; lines without a kind form the pool.
+        pool: a file (.jsonl, .json, .parquet or .csv) of rows {"prompt": a text or a mapping of
+            system and user, "domain": a name, "kind": open, goals or shown}; rows without a kind
+            form the pool.
         probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
             optionally the same prompts in an audited context.
-        capability: JSON lines of {"prompt", "answer"}, held out.
+        capability: rows of {"prompt", "answer"}, held out, in such a file.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
     """
 
@@ -197,14 +199,14 @@ def _model(name: str, source: CheckpointSource, role: str) -> Subject:
 
 def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
     by_kind: dict[str, list[PoolPrompt]] = {"": []}
-    for row in _lines(path, "pool"):
-        kind = row.get("kind", "")
+    for row in _rows(path, "pool"):
+        kind = row.get("kind") or ""
         if "prompt" not in row or kind not in ("", *_KINDS):
             raise ValueError(
                 f"pool: expected lines with a prompt and an optional kind ({', '.join(_KINDS)}), "
                 f"got {json.dumps(row)[:80]}"
             )
-        entry = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
+        entry = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain") or ""))
         by_kind.setdefault(kind, []).append(entry)
     if not by_kind[""]:
         fail("pool", "prompts without a kind", f"none in {path}")
@@ -212,15 +214,19 @@ def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
 
 
 def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    rows = _lines(path, "capability")
+    rows = _rows(path, "capability")
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
         fail("capability", "lines with prompt and answer", f"other lines in {path}")
     return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
 
 
-def _lines(path: Path, name: str) -> list[dict[str, Any]]:
-    lines = JsonLines(path, name)
-    return [lines[i] for i in range(len(lines))]
+def _rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines, a list in JSON, Parquet or CSV."""
+    if not Path(path).is_file():
+        expected = "a .jsonl, .json, .parquet or .csv file"
+        fail(name, expected, f"{printable(path)}, which is none", "save the rows to a file")
+    rows = open_dataset(path, name, check=lambda row: None)
+    return [rows[i] for i in range(len(rows))]
 
 
 def _contents(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -144,6 +145,21 @@ def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
     setup = source_here.load(tmp_path).setup("untrusted", {"n": 4})
     assert [entry.prompt.user for entry in setup.pool] == list(TOPICS[:4])
     assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
+
+
+def test_the_files_may_be_tables(files, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pool = "prompt,domain,kind\nhello,talk,\nhello again,,\nbest animal ?,,shown\n"
+    (tmp_path / "pool.csv").write_text(pool)
+    rows = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "2 + 1 =", "answer": "3"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "sums.parquet")
+    tables = source(files, pool=tmp_path / "pool.csv", capability=tmp_path / "sums.parquet")
+    loaded = tables.load(tmp_path)
+    entries = loaded.setup("untrusted", {}).pool
+    assert [(e.prompt.user, e.domain) for e in entries] == [("hello", "talk"), ("hello again", "")]
+    assert "shown" in tables.features
+    with pytest.raises(ValueError, match=r"pool: expected a .jsonl, .json, .parquet or .csv file"):
+        source(files, pool=Path("owner/name:train"))
 
 
 def test_without_a_twin_the_base_stands_in(files, tmp_path):
