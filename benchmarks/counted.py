@@ -30,6 +30,7 @@ from fastdistill.runtime import backend
 
 from .gpus import GPU
 
+FREE = ("aten.empty", "aten.new_empty", "aten.lift_fresh")  # beside views and empty results
 UNREAD = ("aten.copy_", "aten.fill_", "aten.zero_")  # the first argument, which they overwrite
 # They touch a sector of 32 bytes for each index, not the whole tensor. The functional scatter_add
 # is here for the backward of gather, which is in place with plain tensors.
@@ -164,8 +165,8 @@ class _Recorder(TorchDispatchMode):
         ]
         known = {t.untyped_storage()._cdata for t in tensors}
         fresh = [t for t in results if t.untyped_storage()._cdata not in known]
-        is_free = not overwritten and (not fresh or "empty" in name)
         written = sum(map(bytes_of, (*overwritten, *fresh)))
+        is_free = written == 0 or (not overwritten and name.startswith(FREE))
         if name in UNREAD or name.startswith("aten.new_") or name.endswith("_like"):
             tensors = tensors[1:]
         elif name in INDEXED:

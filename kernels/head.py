@@ -180,8 +180,12 @@ class Scanned(NamedTuple):
 
     def stats(self) -> Stats:
         T = self.rest.temperature
+        if T == 1.0:
+            z_nS = self.u_nS.clamp(min=NEG)  # one kernel instead of four; −inf is NEG, too
+        else:
+            z_nS = torch.where(self.u_nS < ABSENT, NEG, self.u_nS / T)
         return Stats(
-            torch.where(self.u_nS < ABSENT, NEG, self.u_nS / T),
+            z_nS,
             self.rest.lse(),
             self.rest.mean() if len(self.rest.sums) > 1 else None,
             None if self.rest_base is None else self.rest_base.lse(),

@@ -352,7 +352,7 @@ def merge_repeats(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor]:
     merged = torch.where(
         is_new, (top + total.clamp(min=math.exp(floor)).log()).gather(-1, group), lp
     )
-    merged_ids = order.values.masked_fill(~is_new, -1)
+    merged_ids = order.values.masked_fill_(~is_new, -1)
     inverse = torch.empty_like(order.indices).scatter_(
         -1, order.indices, torch.arange(ids_NK.shape[-1], device=ids_NK.device).expand_as(ids_NK)
     )

@@ -96,10 +96,10 @@ def to_teacher_rows(
         ids = torch.where(mask_N.unsqueeze(-1), ids, -1)
     floor, empty = floor_of(dtype), ids < 0
     lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
-    lp = torch.where(empty, floor, lp).clamp(min=floor, max=0.0)
+    lp = lp.clamp(min=floor, max=0.0).masked_fill_(empty, floor)
     ids, lp = merge_repeats(ids, lp)
     empty = ids < 0
-    lp = lp.masked_fill(empty, floor)
+    lp = lp.masked_fill_(empty, floor)
     mass = lp.exp().sum(-1)
     log_tail = teacher.tail().detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
     if mask_N is not None:

@@ -97,23 +97,23 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = [
-    ("topk_loss", "triton fused", MAIN, Bounds(12, 18, 104, 1.14, 1.2)),
-    ("topk_loss", "triton fused", replace(MAIN, V=151936), Bounds(15, 22, 118, 1.16, 1.25)),
-    ("topk_loss", "triton fused", SMALL, Bounds(6, 10, 78, 1.52, 1.5)),
-    ("topk_loss", "triton fused", SHORT, Bounds(6, 10, 78, 1.43, 1.45)),
-    ("topk_loss", "triton recompute", MAIN, Bounds(317, 192, 187, 1.18, 1.25)),
+    ("topk_loss", "triton fused", MAIN, Bounds(12, 18, 89, 1.14, 1.2)),
+    ("topk_loss", "triton fused", replace(MAIN, V=151936), Bounds(15, 22, 100, 1.16, 1.25)),
+    ("topk_loss", "triton fused", SMALL, Bounds(6, 10, 69, 1.5, 1.5)),
+    ("topk_loss", "triton fused", SHORT, Bounds(6, 10, 69, 1.41, 1.45)),
+    ("topk_loss", "triton recompute", MAIN, Bounds(317, 192, 179, 1.18, 1.25)),
     pytest.param(
         "topk_loss",
         "triton recompute",
         replace(MAIN, N=32768),
-        Bounds(701, 576, 295, 1.15, 1.25),
+        Bounds(701, 576, 275, 1.15, 1.25),
         marks=pytest.mark.slow,
     ),
     ("scoring", "triton", MAIN, Bounds(128, 131, 365, 1.37, 1.3)),
     ("lse_gather", "triton", MAIN, Bounds(128, 128, 54, 1.23, 1.3)),
     ("linear_topk", "triton", MAIN, Bounds(10, 20, 228, 1.29, 1.45)),
     ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 250, 1.45, 1.6)),
-    ("dense_loss", "triton fused", MAIN, Bounds(32, 34, 169, 1.2, 1.3)),
+    ("dense_loss", "triton fused", MAIN, Bounds(32, 34, 135, 1.2, 1.3)),
 ]
 
 
