@@ -76,7 +76,7 @@ def test_fields_that_change_nothing_are_read(fields):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.type", "dynamic"),
         ("rope.scaling.type", "longrope"),
         ("rope.scaling.factor", -1.0),
         ("rope.scaling.factor", float("nan")),

@@ -157,6 +157,24 @@ def test_rescaled_rotary_frequencies_of_llama_3(tmp_path):
         open_checkpoint(file)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
+def test_yarn(tmp_path, family):
+    scaling = {"type": "yarn", "factor": 4, "original_context_length": 32}
+    fields = [(f"{family}.rope.scaling.{key}", value) for key, value in scaling.items()]
+    state = write(tmp_path / "tiny.gguf", family, "F32", fields=fields)
+    config = config_of(family)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config.rope_parameters = {"rope_theta": 500000.0, **rope}
+    original = AutoModelForCausalLM.from_config(config).eval()
+    original.load_state_dict(state, strict=False)
+    plain = AutoModelForCausalLM.from_config(config_of(family)).eval()
+    plain.load_state_dict(state, strict=False)
+    model, ids = load_quantized(tmp_path / "tiny.gguf"), torch.arange(90)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits)
+        assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "made, words",
     [
@@ -165,8 +183,9 @@ def test_rescaled_rotary_frequencies_of_llama_3(tmp_path):
         (dict(extra=[("blk.0.attn_q.bias", np.ones(64, np.float32))]), "attn_q.bias"),
         (dict(extra=[("rope_factors_long.weight", np.ones(8, np.float32))]), "rotary"),
         (dict(fields=[("llama.rope.dimension_count", 8)]), "dimensions of a head, got 8"),
-        (dict(fields=[("llama.rope.scaling.type", "yarn")]), "scaling.type: expected none.*'yarn'"),
+        (dict(fields=[("llama.rope.scaling.type", "su")]), "type: expected one of .*none.*'su'"),
         (dict(extra=[("blk.7.attn_q.weight", np.ones((2, 32), np.float32))]), "expected 3.*got 2"),
+        (dict(fields=[("llama.expert_count", 8)]), "expected 0, got 8.*model's safetensors checkp"),
         (dict(fields=[("split.count", 3)]), "one of 3.*gguf-split --merge"),
     ],
 )

@@ -44,6 +44,8 @@ _READ_OF = {  # by family, besides
     "qwen3moe": _EXPERTS,
     "stablelm": {"use_parallel_residual"},
 }
+_INSTEAD = "use the model's safetensors checkpoint"
+_YARN = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")  # whose whole heads rotate
 # Details of non-linear scalings, which are refused by their type; the origin of the model.
 _SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
 # Neutral values, with which llama.cpp computes the plain model.
@@ -87,9 +89,10 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
             continue
         if key in _NEUTRAL:
             if value not in _NEUTRAL[key]:
-                fail(f"{family}.{key}", " or ".join(map(str, _NEUTRAL[key])), _short(value))
+                expected = " or ".join(map(str, _NEUTRAL[key]))
+                fail(f"{family}.{key}", expected, _short(value), _INSTEAD)
         elif key not in _SILENT:
-            fail(f"{family}.{key}", "no such field", _short(value))
+            fail(f"{family}.{key}", "no such field", _short(value), _INSTEAD)
     base = entries.get("rope.freq_base", 10000.0)  # llama.cpp's default
     checks.positive(f"{family}.rope.freq_base", base)
     rope = {"rope_theta": float(base)}
@@ -121,12 +124,17 @@ def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
     if kind == "longrope" and family == "phi3":
         return {}  # its factors are tensors
     factor = entries.get("rope.scaling.factor") or entries.get("rope.scale_linear") or 1.0
-    if kind not in ("none", "linear"):
-        expected = "none or linear, as transformers' config of a .gguf file knows no other"
-        fail(f"{family}.rope.scaling.type", expected, _short(kind))
+    kinds = ("none", "linear", *(("yarn",) if family in _YARN else ()))
+    if kind not in kinds:
+        fail(f"{family}.rope.scaling.type", f"one of {kinds}", _short(kind))
     checks.positive(f"{family}.rope.scaling.factor", factor)
     if kind == "none" or factor == 1:
         return {}
+    if kind == "yarn":  # as in transformers, cos and sin are multiplied by 0.1 ln(factor) + 1
+        original = entries.get("rope.scaling.original_context_length", entries["context_length"])
+        checks.integer(f"{family}.rope.scaling.original_context_length", original, 1)
+        yarn = {"factor": float(factor), "original_max_position_embeddings": original}
+        return {"rope_scaling": {"rope_type": "yarn", **yarn}}
     return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
 
 
