@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends import get_backend
 from .engines import Backend
-from .head import DenseRows, LMHead, blocks, chunk_tokens, needed, round_scaled
+from .head import DenseRows, LMHead, blocks, dense_chunk_tokens, dw_type, needed, round_scaled
 from .op_common import full_precision, or_empty
 from .token_loss import LossOptions
 
@@ -57,9 +57,11 @@ def dense(
     """
     N = hidden_NH.shape[0]
     grad = need_hidden or need_weight or need_bias
-    chunk = max(1, chunk_tokens(head, N, need_weight, device_type) // 2)
+    chunk = dense_chunk_tokens(head, N, need_weight, device_type)
     dx_NH = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
-    dw = torch.empty_like(head.weight, dtype=head.dtype) if need_weight else None
+    dw = None
+    if need_weight:
+        dw = torch.empty_like(head.weight, dtype=dw_type(head, N, chunk, device_type))
     db = None
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)

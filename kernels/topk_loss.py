@@ -6,7 +6,7 @@ The logits of each chunk of tokens are computed once and stored in fp32. Once â„
 dz in place, the K entries are overwritten in fp32, and both gradient GEMMs
 follow: 6NVH FLOPs (4NVH with a frozen head), as many as with materialized logits, with the memory
 of one chunk. dW is summed in fp32 within a chunk. Over chunks it is summed in fp32, or in bfloat16
-if that is the type of the head and there are at most CARRIED_CHUNKS of them.
+if that is the type of the head and there are at most CARRIED_CHUNKS of them (head.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from torch import Tensor
 
 from .backends import get_backend
 from .engines import Backend
-from .head import LMHead, Stats, blocks, chunk_tokens, needed, round_scaled, sums_in_16_bits
+from .head import (
+    LMHead,
+    Stats,
+    blocks,
+    chunk_tokens,
+    dw_type,
+    needed,
+    round_scaled,
+    sums_in_16_bits,
+)
 from .op_common import full_precision, or_empty
 from .token_loss import LossOptions, TeacherTopK, TokenLosses
 from .torch_token_loss import callable_token_loss
-
-# A bfloat16 dW is rounded after every chunk; with more chunks than this it is summed in fp32.
-CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
 
 class FusedLoss(NamedTuple):
@@ -77,10 +83,6 @@ def fused(
     grad = need_hidden or need_weight or need_bias
     device_type = device_type or hidden_NH.device.type
     chunk = chunk or chunk_tokens(head, N, need_weight, device_type)
-    max_chunks = CARRIED_CHUNKS.get(device_type, 4)
-    dw_rounded = head.weight.dtype == head.dtype or (
-        sums_in_16_bits(head.weight.dtype) and chunk * max_chunks >= N
-    )
     # Shards of the vocabulary add their parts of dX before it is rounded.
     dx_rounded = combine is None and sums_in_16_bits(head.weight.dtype)
     dx = None
@@ -88,7 +90,7 @@ def fused(
         dx = torch.empty_like(hidden_NH, dtype=None if dx_rounded else head.dtype)
     dw = db = None
     if need_weight:
-        dw = torch.empty_like(head.weight, dtype=None if dw_rounded else head.dtype)
+        dw = torch.empty_like(head.weight, dtype=dw_type(head, N, chunk, device_type))
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     skip: dict[str, Tensor] = {}

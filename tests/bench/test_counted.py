@@ -60,7 +60,7 @@ SLABS = 4 * 32
         (rows_alone, 37, 0, 0),
         (scoring, 64 * 1.048576, 2, SLABS),
         (streamed_topk, 545, 2, 2 * 10),
-        (dense, 2170, 8, 2 * 8),
+        (dense, 2170, 8, 2 * 4),
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )

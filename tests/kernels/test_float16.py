@@ -128,7 +128,7 @@ def test_dense(which, backward, dtype, chunk, monkeypatch):
     from fastdistill.kernels import dense_loss
 
     if chunk:
-        monkeypatch.setattr(dense_loss, "chunk_tokens", lambda *args: 2 * chunk)
+        monkeypatch.setattr(dense_loss, "dense_chunk_tokens", lambda *args: chunk)
     x, w, _ = CASES[which]()
     other = torch.randn(len(w), 8)
     other[5] = 2.0

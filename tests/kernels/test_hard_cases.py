@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdistill as fd
-from fastdistill.kernels import topk_loss
+from fastdistill.kernels import head, topk_loss
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
@@ -52,7 +52,7 @@ def test_near_converged_teacher(divergence, backward, dtype):
 def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkeypatch):
     """As on a GPU at full size: dW is rounded with every chunk, and keeps the promise."""
     monkeypatch.setattr(topk_loss, "chunk_tokens", lambda *args: 16)
-    monkeypatch.setitem(topk_loss.CARRIED_CHUNKS, "cpu", 4)
+    monkeypatch.setitem(head.CARRIED_CHUNKS, "cpu", 4)
     c = case(torch.bfloat16, N=64, H=64, V=1000, near=0.1)
     teacher = top_k(c.teacher_logits, 16)
     actual = run(c, teacher, torch.bfloat16, divergence=divergence)
