@@ -1,0 +1,239 @@
+"""Run the checks of tests/test_gpu.py through Triton's compiler and launcher, without a GPU.
+
+    python tests/helpers/host_path.py                       all checks of kernels, JSON on stdout
+    python tests/helpers/host_path.py filtered quantized    only these checks or groups
+    python tests/helpers/host_path.py --quick               losses in bfloat16 only
+
+helpers/stub_cuda.c is in the place of the CUDA driver: kernels are compiled for sm_90, launched by
+Triton's own launcher, and do not run. It refuses what a driver refuses. Tensors are on the CPU,
+products of matrices do nothing, and no result is compared. The JSON has, for each group of checks,
+the compiled variants of each kernel, the launches, and the seconds of CPU time with compilers;
+benchmarks/gpu_steps.py derives its time limits from these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import fastdistill
+
+HERE = Path(__file__).parent
+HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+
+
+def missing() -> str | None:
+    """Why the rehearsal cannot run on this machine, or None."""
+    if torch.cuda.is_available():
+        return "a GPU is here: tests/test_gpu.py runs on it"
+    if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
+        return "no C compiler is here"
+    return None if (HEADERS / "cuda.h").exists() else "this Triton has no cuda.h"
+
+
+def compile_stub(folder: Path, name: str = "libcuda.so.1") -> Path:
+    """Compile the stub as a library of this name."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or "clang"
+    options = ["-shared", "-fPIC", f"-Wl,-soname,{name}", f"-I{HEADERS}"]
+    command = [compiler, *options, str(HERE / "stub_cuda.c"), "-o", str(folder / name)]
+    subprocess.run(command, check=True)
+    return folder / name
+
+
+def load_stub(folder: Path) -> ctypes.CDLL:
+    """Load the stub as libcuda.so.1, so that Triton's modules are linked with it."""
+    knobs.nvidia.libcuda_path = str(folder)
+    return ctypes.CDLL(str(compile_stub(folder)), mode=ctypes.RTLD_GLOBAL)
+
+
+def use_stub_driver() -> None:
+    """Triton's CUDA driver on device 0, an sm_90 that the stub describes."""
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class Driver(CudaDriver):
+        def __init__(self) -> None:
+            try:
+                super().__init__()
+            except ImportError as error:
+                raise ImportError(
+                    f"Triton {triton.__version__}: its driver needs calls that {HERE.name}/"
+                    f"stub_cuda.c lacks; add them: {error}"
+                ) from error
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    triton.runtime.driver.set_active(Driver())
+
+
+def without_assertions(name: str) -> Any:
+    """A module of checks that makes its calls and compares nothing."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    module = importlib.util.module_from_spec(spec)
+    code = compile(Path(spec.origin).read_text(), spec.origin, "exec", optimize=1)
+    sys.modules[name] = module
+    exec(code, vars(module))
+    return module
+
+
+def as_on_a_gpu() -> None:
+    """Chunks of a GPU, every call to Triton, no products; PyTorch's CUDA calls do nothing."""
+    from fastdistill.kernels import gpu_launch, head, topk_loss
+    from fastdistill.kernels.backends import get_backend
+    from fastdistill.runtime import backend
+
+    get_backend("triton")
+    products = {gpu_launch.product, gpu_launch.add_product}
+    for module in [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.")]:
+        for name in ("product", "add_product"):
+            if getattr(module, name, None) in products:
+                setattr(module, name, lambda *args, **options: None)
+    tables: list[dict[str, Any]] = [vars(head)["CHUNK_BYTES"], vars(topk_loss)["CARRIED_CHUNKS"]]
+    for table in tables:
+        table["cpu"] = table["cuda"]
+    functions: Any = vars(backend)
+    functions |= {
+        "triton_problem": lambda *device: None,
+        "_resolve": lambda impl, *device: "triton",  # of the reference, too
+    }
+    cuda: Any = torch.cuda
+    cuda.device_of = nullcontext
+    for name in ("Stream", "stream", "synchronize", "set_sync_debug_mode", "CUDAGraph", "graph"):
+        setattr(cuda, name, MagicMock())
+    vars(torch)["compile"] = lambda function, **options: function
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        setattr(owner, name, _with_zeros(getattr(owner, name)))
+
+
+def _with_zeros(empty: Any) -> Any:
+    """Integers that no kernel writes are indices of other operations."""
+
+    def run(*args: Any, **options: Any) -> torch.Tensor:
+        tensor: torch.Tensor = empty(*args, **options)
+        return tensor if tensor.is_floating_point() else tensor.zero_()
+
+    return run
+
+
+class Launches:
+    """fastdistill for a module of checks: calls of the reference launch nothing."""
+
+    def __init__(self) -> None:
+        from fastdistill.kernels import gpu_launch
+
+        self.names: Any = vars(gpu_launch)
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(fastdistill, name)
+
+        def run(*args: Any, **options: Any) -> Any:
+            if options.get("impl") != "reference":
+                return function(*args, **options)
+            launches, self.names["jitted"] = self.names["jitted"], MagicMock()
+            try:
+                return function(*args, **options)
+            finally:
+                self.names["jitted"] = launches
+
+        return run
+
+
+def groups(quick: bool) -> dict[str, list[Any]]:
+    """The checks of each group as functions that only launch."""
+    tolerances = without_assertions("helpers.tolerances")
+    tolerances.relative = tolerances.assert_close = lambda *args: 0.0
+    losses = without_assertions("helpers.gpu_checks")
+    losses.IMPLS = ("triton",)
+    losses.fd = Launches()
+    gradients, zeros = losses.gradients, (torch.zeros(()),) * 4
+    losses.gradients = lambda c, teacher, dtype, impl, **options: (
+        zeros if impl == "reference" else gradients(c, teacher, dtype, impl, **options)
+    )
+    if quick:
+        losses.DTYPES = (torch.bfloat16,)
+        slow = (losses.near_convergence, losses.every_option_at_once)
+        losses.CHECKS = [c for c in losses.CHECKS if c not in slow]
+    quantized = without_assertions("helpers.gpu_quant_checks")
+    on_cpu = quantized.every_compute_against_fp64  # its layers multiply as on a CPU
+
+    def every_compute_against_fp64() -> None:
+        (engine,) = quantized.engines()
+        weight = quantized.quantize(torch.randn(512, 1024), "nf4")
+        for to in (*quantized.FLOATS, torch.int8, quantized.FP8):
+            inverse = None if to.is_floating_point and to.itemsize > 1 else torch.ones(512)
+            engine.lut4_dequant(weight, torch.empty(512, 1024, dtype=to), inverse)
+        for dtype, kind in itertools.product(quantized.FLOATS, (torch.int8, quantized.FP8)):
+            for tokens in (1, 17, 300):
+                engine.quantize_rows(torch.randn(tokens, 1024).to(dtype), kind)
+
+    replaced = [every_compute_against_fp64 if c is on_cpu else c for c in quantized.CHECKS]
+    return {"losses": list(losses.CHECKS), "quantized": replaced}
+
+
+def main(names: set[str], *, quick: bool = False) -> dict[str, Any]:
+    """Run checks and groups by name, all of them by default, and return their counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        knobs.cache.dir = folder
+        stub = load_stub(Path(folder))
+        use_stub_driver()
+        as_on_a_gpu()
+        counts = {}
+        for group, checks in groups(quick).items():
+            chosen = [c for c in checks if not names or {group, c.__name__} & names]
+            if chosen:
+                counts[group] = count(chosen, stub)
+    return counts
+
+
+def count(checks: list[Any], stub: ctypes.CDLL) -> dict[str, Any]:
+    variants: Counter[str] = Counter()
+
+    def compiled(*, src: Any, cache_hit: bool, **others: Any) -> None:
+        variants[src.fn.__name__] += not cache_hit
+
+    knobs.compilation.listener = compiled
+    launched, times = stub.stub_launched(), os.times()
+    for check in checks:
+        check()
+    seconds = sum(os.times()[:4]) - sum(times[:4])
+    return {
+        "variants": sum(variants.values()),
+        "cpu_seconds": round(seconds, 1),
+        "launches": stub.stub_launched() - launched,
+        "by_kernel": dict(sorted(variants.items())),
+    }
+
+
+if __name__ == "__main__":
+    reason = missing()
+    if reason is not None:
+        sys.exit(f"host_path: {reason}")
+    words = {*sys.argv[1:]}
+    print(json.dumps(main(words - {"--quick"}, quick="--quick" in words), indent=1))
