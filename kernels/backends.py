@@ -29,7 +29,7 @@ def get_backend(impl: str) -> Backend:
             gpu_dense.dense_sums,
             gpu_dense.dense_grads,
             gpu_rows.scale_,
-            gpu_slabs.BLOCK_TOKENS,
+            gpu_slabs.SCAN_TOKENS,
         )
     return Backend(
         torch_slabs.scan,

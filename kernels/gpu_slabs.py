@@ -31,6 +31,7 @@ from .head import (
 )
 
 BLOCK_TOKENS = 2048
+SCAN_TOKENS = 4 * BLOCK_TOKENS  # per scan without a buffer: so many rows of [n, S] mathematics
 RECOMPUTE_BYTES = 64 << 20
 RECOMPUTE_TILE = (2048, 2048)  # tokens and columns of a slab, at least, if there are as many
 SLAB_COLUMNS = (64, 4096)

@@ -109,7 +109,7 @@ BOUNDS = [
         Bounds(701, 576, 242, 1.15, 1.25),
         marks=pytest.mark.slow,
     ),
-    ("scoring", "triton", MAIN, Bounds(128, 131, 364, 1.37, 1.3)),
+    ("scoring", "triton", MAIN, Bounds(128, 131, 134, 1.3, 1.3)),
     ("lse_gather", "triton", MAIN, Bounds(128, 128, 42, 1.23, 1.3)),
     ("linear_topk", "triton", MAIN, Bounds(10, 20, 228, 1.29, 1.45)),
     ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 250, 1.45, 1.6)),
