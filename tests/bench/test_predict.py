@@ -1,6 +1,7 @@
 """`python -m benchmarks predict`: prices of counted calls, and what they may come to."""
 
 import json
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.counted import Calls, Gemm, Launch, Operator, Sizes, on_gpu
 from benchmarks.gpus import H200, Host
 from benchmarks.ops import OPS, lse_gather
-from benchmarks.predict import Prediction, predict
+from benchmarks.predict import Prediction, predict, predictions
 from benchmarks.prices import gemm_seconds, price
 from benchmarks.registry import Case, Contender
 from benchmarks.shapes import Shape
@@ -123,6 +124,23 @@ def test_a_public_call_costs_no_more_than_this(name, impl, shape, bounds):
     counts = {n: getattr(prediction, n) for n in ("gemms", "launches", "operators")}
     assert all(counts[n] <= getattr(bounds, n) for n in counts), counts
     assert prediction.ratio <= max(bounds.ratio, bounds.wanted), prediction
+
+
+@pytest.mark.slow
+def test_the_registry():
+    """No loss or score is slower than eager PyTorch; where the host takes long is recorded here.
+
+    Recomputation is left out: it does 8NVH FLOPs where eager PyTorch does 6.
+    """
+    suite = list(predictions())
+    eager = {p.case: p.predicted_ms for p in suite if p.impl == "eager"}
+    ours = [p for p in suite if p.impl in ("triton", "triton fused")]
+    assert {p.case for p in ours if p.predicted_ms > eager.get(p.case, math.inf)} == set()
+    waiting = {p.case for p in ours if p.bound == "host"}
+    assert waiting <= {"scoring, llama-3.1-8b N=512 K=64, bfloat16"}
+    fused = [p for p in ours if p.impl == "triton fused"]
+    busy = {p.case for p in fused if p.host_ms > p.gpu_ms / 2}
+    assert busy <= {"topk_loss, qwen3-0.6b N=512 K=64, bfloat16"}
 
 
 def test_eager_pytorch_passes_over_its_logits():
