@@ -112,9 +112,9 @@ BOUNDS = [
     ),
     ("scoring", "triton", MAIN, Bounds(128, 131, 134, 1.3, 1.3)),
     ("lse_gather", "triton", MAIN, Bounds(128, 128, 42, 1.23, 1.3)),
-    ("linear_topk", "triton", MAIN, Bounds(10, 20, 228, 1.29, 1.45)),
-    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 250, 1.45, 1.6)),
-    ("dense_loss", "triton fused", MAIN, Bounds(32, 34, 135, 1.2, 1.3)),
+    ("linear_topk", "triton", MAIN, Bounds(10, 20, 225, 1.28, 1.45)),
+    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 246, 1.46, 1.6)),
+    ("dense_loss", "triton fused", MAIN, Bounds(16, 18, 74, 1.17, 1.3)),
 ]
 
 
