@@ -80,6 +80,20 @@ def repeat(values, R: tl.constexpr, BB: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(x, y):
+    """x + y of fp32 blocks, where x is a product and rounded by itself.
+
+    On sm_100 the ptxas of Triton 3.6 contracts pairs (mul.rn.f32x2, add.rn.f32x2) in spite of
+    enable_fp_fusion=False; LLVM forms no pairs of assembly.
+    """
+    if INTERPRETED:
+        return x + y
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def affine(
     b_w,
     o_blocks,
@@ -104,7 +118,8 @@ def affine(
         b_s += tl.load(p_nested_offset)
     b_w *= repeat(b_s, R, BB)
     if p_offset is not None:
-        b_w += repeat(tl.load(p_offset + o_blocks, mask=m_blocks, other=0.0), R, BB)
+        b_offset = repeat(tl.load(p_offset + o_blocks, mask=m_blocks, other=0.0), R, BB)
+        b_w = rounded_sum(b_w, b_offset)
     return b_w
 
 
