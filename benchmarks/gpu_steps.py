@@ -26,7 +26,7 @@ IN_ALL_S = 585
 LEAST_S = 10  # with less time left, a step is not started
 # Variants that the checks of each group compile, counted with a stub in the place of the CUDA
 # driver (Triton 3.6.0, commit 399a6ca), and the seconds for one of them there, with its C launcher,
-# on one core.
+# on one core. `python tests/helpers/host_path.py` counts them today.
 VARIANTS = {"losses": 148, "quantized": 81}
 SECONDS_PER_VARIANT = {"losses": 0.33, "quantized": 0.16}
 SLOWER = 2.0  # a machine may compile this much slower
