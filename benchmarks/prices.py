@@ -106,6 +106,12 @@ def _parts(gpu: GPU, launch: Launch, rate: float) -> float:
     return min(LONGEST_RUN * a["p_x"].shape[0], a["BC"]) * ENTRY
 
 
+def _compared(gpu: GPU, launch: Launch, rate: float) -> float:
+    """Three instructions for each pair of slots of a token: compare, select, add."""
+    a = launch.arguments
+    return max(_moved(launch) / rate, 3 * a["n"] * a["S"] ** 2 / gpu.instructions)
+
+
 def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
     """A benchmark's upstream scalar is 1: the kernel returns without reading the gradient."""
     return 0.0
@@ -115,6 +121,7 @@ PRICES: dict[str, Price] = {
     "triton_reduce:reduce_rows": _reduced,
     "triton_topk:reduce_groups": _grouped,
     "triton_token_loss:token_loss": _streamed,
+    "triton_token_loss:merge_slots": _compared,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,
     "triton_dense:sum_divergence": _dense,

@@ -19,13 +19,13 @@ from torch import Tensor
 from . import gpu_gather
 from .gpu_launch import add_product, product, sums_at_scale
 from .gpu_rows import Running, grad_rows
+from .gpu_token_loss import merge_slots
 from .head import (
     LMHead,
     Scanned,
     Stats,
     blocks,
     scaled_grads,
-    slot_grads,
     sums_in_16_bits,
     vocabulary_slabs,
 )
@@ -111,20 +111,6 @@ def scan(
             product(x, head.weight[at].t(), raw)
             reduce(at, raw)
     return running.scanned()
-
-
-def merge_repeated_slots(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeated ids of a row become one slot with the summed gradient; the others become empty."""
-    ids, order = torch.sort(ids_nS, dim=-1, stable=True)
-    g = g_nS.gather(-1, order)
-    shift = 1
-    while shift < ids.shape[-1]:  # a segmented scan: sums in a fixed order
-        same = ids[:, shift:] == ids[:, :-shift]
-        g = torch.cat([g[:, :shift], g[:, shift:] + torch.where(same, g[:, :-shift], 0.0)], -1)
-        shift *= 2
-    last = torch.ones_like(ids, dtype=torch.bool)
-    last[:, :-1] = ids[:, 1:] != ids[:, :-1]
-    return ids.masked_fill(~last, -1), g
 
 
 def chunk_grads(
@@ -233,7 +219,7 @@ def recompute(
     narrow = None  # the returned dX, if it is not summed in its own type
     if need_hidden and hidden_type != wide:
         narrow = hidden_NH.new_empty(N, H, dtype=hidden_type)
-    ids, g_NS = merge_repeated_slots(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
+    ids, g_NS = merge_slots(head, ids_NS, stats.z_ids, grads.z_ids)
     scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
     g_NS = scaled_up.z_ids
     slab, wide_dw = _recompute_memory(head, N, need_weight, narrow)

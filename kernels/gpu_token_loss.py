@@ -1,7 +1,8 @@
-"""The row mathematics of a named divergence: the memory and the launch of its kernel."""
+"""The row mathematics of the sparse losses: the memory and the launches of its kernels."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .divergences import floor_of, plain_name, resolve
@@ -95,3 +96,36 @@ def token_loss(
         maxnreg=ROWS_TILE["maxnreg"],
     )
     return RowLosses(rows, entropy, grads)
+
+
+def merge_slots(head: LMHead, ids_NS: Tensor, z_NS: Tensor, g_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct ids, d(W x)) [N, S] from d z of slots whose ids may repeat, in one launch.
+
+    The first slot of an id gets the sum; the others become empty. S² comparisons per token, of
+    three instructions each, cost 4 µs at N = 8192 and S = 65 on 132 multiprocessors that issue 128
+    instructions at 1.7 GHz, and 0.9 ms at S = 1025: a sort and a segmented sum launch dozens of
+    kernels.
+    """
+    N, S = ids_NS.shape
+    distinct, g_slots = torch.empty_like(ids_NS), torch.empty_like(z_NS)
+    SB = min(ROWS_TILE["slots"], next_power_of_2(max(S, 1)))
+    BN = ROWS_TILE["slots"] // SB
+    launch(
+        "triton_token_loss:merge_slots",
+        (cdiv(N, BN) if S else 0,),
+        z_NS,
+        p_ids=ids_NS.contiguous(),
+        p_z=z_NS.contiguous(),
+        p_g=g_NS.contiguous(),
+        p_distinct=distinct,
+        p_g_slots=g_slots,
+        n=N,
+        S=S,
+        on_slots=head.logit_scale / head.temperature,
+        on_y=0.0 if head.softcap is None else head.temperature / head.softcap,
+        CAP=head.softcap is not None,
+        BN=BN,
+        SB=SB,
+        num_warps=ROWS_TILE["num_warps"],
+    )
+    return distinct, g_slots

@@ -311,3 +311,53 @@ def token_loss(
             else:
                 b_g_rest += b_g_base
         tl.store(p_g_rest + o_rows, b_g_rest, mask=m_rows)
+
+
+@triton.jit
+def merge_slots(
+    p_ids,
+    p_z,
+    p_g,
+    p_distinct,
+    p_g_slots,
+    n,
+    S,
+    on_slots: tl.float64,
+    on_y: tl.float64,
+    CAP: tl.constexpr,
+    BN: tl.constexpr,
+    SB: tl.constexpr,
+):
+    """d(W x) of distinct slots from d z: the first slot of an id gets the sum, others are empty.
+
+    Args:
+        p_ids: int64 [n, S], −1 in empty slots. p_z, p_g: [n, S], z and d z.
+        p_distinct: int64 [n, S], receives the ids, −1 in slots that repeat one. p_g_slots: [n, S].
+        on_slots: logit_scale / T. on_y: T / softcap.
+
+    Program i owns rows [i·BN, (i + 1)·BN); it compares each slot with every other, in order.
+    """
+    DT: tl.constexpr = p_z.dtype.element_ty
+    o_rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_rows = o_rows < n
+    for i_slot in range(0, S, SB):
+        o_slots = i_slot + tl.arange(0, SB)
+        m_in = m_rows[:, None] & (o_slots < S)[None, :]
+        o_tile = o_rows[:, None] * S + o_slots[None, :]
+        b_ids = tl.load(p_ids + o_tile, mask=m_in, other=-1)
+        m_first = b_ids >= 0
+        b_g = tl.zeros([BN, SB], DT)
+        for i_other in range(S):
+            b_id = tl.load(p_ids + o_rows * S + i_other, mask=m_rows, other=-1)
+            m_same = b_ids == b_id[:, None]
+            b_part = tl.load(p_g + o_rows * S + i_other, mask=m_rows, other=0.0)
+            b_g += tl.where(m_same, b_part[:, None], 0.0)
+            m_first = m_first & ((o_slots <= i_other)[None, :] | (b_ids != b_id[:, None]))
+        b_z = tl.load(p_z + o_tile, mask=m_in, other=0.0)
+        m_held = m_first & (b_z > ABSENT)
+        b_g *= tl.full([], on_slots, DT)
+        if CAP:
+            b_y = tl.where(m_held, b_z * tl.full([], on_y, DT), 0.0)
+            b_g *= 1.0 - b_y * b_y
+        tl.store(p_distinct + o_tile, tl.where(m_first, b_ids, -1), mask=m_in)
+        tl.store(p_g_slots + o_tile, tl.where(m_held, b_g, 0.0), mask=m_in)

@@ -26,6 +26,7 @@ FACTS = {
     "gather_rows": {"barriers": 7},
     "grad_divergence": {"loads": 4, "stores": 1, "barriers": 1},
     "grad_rows": {"loads": 4, "stores": 2, "barriers": 2},
+    "merge_slots": {"barriers": 0},
     "mark_live": {"loads": 8, "barriers": 2},
     "quantize_row": {"loads": 8, "barriers": 2},
     "reduce_groups": {"loads": 1, "barriers": 3},

@@ -7,7 +7,7 @@ from benchmarks.counted import on_gpu
 from benchmarks.gpus import H200
 from benchmarks.predict import operands
 from benchmarks.shapes import Shape
-from fastdistill.kernels import topk_loss
+from fastdistill.kernels import gpu_token_loss, topk_loss
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.divergences import floor_of
 from fastdistill.kernels.head import LMHead, Stats, slot_grads
@@ -115,6 +115,29 @@ def test_rows_against_autograd(case, impl):
     assert (grads.lse_base is None) == (base is None or not ce)
     if grads.lse_base is not None:
         assert_close(grads.lse_base, g_base[0], budget, "d lse_base")
+
+
+@pytest.mark.parametrize("slots", [4, 512])
+def test_repeated_slots_become_one(slots, monkeypatch):
+    """Also when the first slot of an id is in another tile than the others."""
+    monkeypatch.setitem(gpu_token_loss.ROWS_TILE, "slots", slots)
+    head = LMHead(torch.empty(0), None, 0.7, 30.0, None, 2.0)
+    ids = torch.tensor([[3, 8, 3, -1, 8, 3, 5], [-1, -1, 2, 2, 2, 9, 2], [0, 1, 2, 3, 4, 5, 6]])
+    z = torch.where(ids < 0, NEG, ids.double())
+    z[2, 6] = NEG  # an id that no row of the head has
+    g = torch.randn(3, 7, dtype=torch.float64)
+    distinct, merged = gpu_token_loss.merge_slots(head, ids, z, g)
+    assert distinct.tolist() == [
+        [3, 8, -1, -1, -1, -1, 5],
+        [-1, -1, 2, -1, -1, 9, -1],
+        [0, 1, 2, 3, 4, 5, 6],
+    ]
+
+    def by_id(ids, g):
+        return torch.zeros(3, 10).double().scatter_add(1, ids.clamp(min=0), g * (ids >= 0))
+
+    assert_close(by_id(distinct, merged), by_id(ids, slot_grads(head, z, g)), 1e-12)
+    assert (merged[distinct < 0] == 0).all()
 
 
 @pytest.mark.parametrize(
