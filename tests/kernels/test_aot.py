@@ -34,6 +34,7 @@ FACTS = {
     "scale_in_place": {"loads": 2, "stores": 2, "barriers": 0},
     "scatter_hidden": {"barriers": 10},
     "sum_divergence": {"loads": 4, "barriers": 5},
+    "sum_parts": {"barriers": 2},
     "sum_runs": {"barriers": 0},
     "token_loss": {"barriers": 17},
 }
