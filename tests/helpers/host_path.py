@@ -105,7 +105,7 @@ def without_assertions(name: str) -> Any:
 
 def as_on_a_gpu() -> None:
     """Chunks of a GPU, every call to Triton, no products; PyTorch's CUDA calls do nothing."""
-    from fastdistill.kernels import gpu_launch, head, topk_loss
+    from fastdistill.kernels import gpu_launch, head
     from fastdistill.kernels.backends import get_backend
     from fastdistill.runtime import backend
 
@@ -115,7 +115,7 @@ def as_on_a_gpu() -> None:
         for name in ("product", "add_product"):
             if getattr(module, name, None) in products:
                 setattr(module, name, lambda *args, **options: None)
-    tables: list[dict[str, Any]] = [vars(head)["CHUNK_BYTES"], vars(topk_loss)["CARRIED_CHUNKS"]]
+    tables: list[dict[str, Any]] = [vars(head)["CHUNK_BYTES"], vars(head)["CARRIED_CHUNKS"]]
     for table in tables:
         table["cpu"] = table["cuda"]
     functions: Any = vars(backend)
