@@ -45,7 +45,7 @@ PASSES_OF = {
 TOPK_RATE = 2048 * 131072 * 4 / 3.01e-3
 # Instructions of the loop of reduce_rows per logit, from its machine code for sm_90: with the two
 # largest logits and moments, otherwise, and for a second temperature.
-REDUCE_INSTRUCTIONS = {True: 34, False: 19}
+REDUCE_INSTRUCTIONS = {True: 29, False: 19}
 REDUCE_BASE = 11
 GROUP_INSTRUCTIONS = 29  # of reduce_groups per logit
 # Of the dense kernels per pair of logits: with forward KL, and with JSD, the longest.

@@ -16,10 +16,12 @@ ROW_TILE = {"BV": 4096, "num_warps": 8}
 # 2048 programs fill any GPU and end within microseconds if there is nothing to do.
 SCALE_TILE = {"BE": 4096, "num_warps": 8}
 SCALE_PROGRAMS = 2048
-# With 16 warps per row, 128 rows keep every multiprocessor reading. Keeping the two largest takes
-# more registers per column: with 4096 columns ptxas would need a stack.
-REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
-REDUCE_COLUMNS = {False: 4096, True: 2048}
+# Warps per row. Long rows are few: with 16, 128 of them keep every multiprocessor reading. On short
+# ones the ends of a program weigh more than its loop, and with 4 more programs overlap.
+SHORT_ROW = 16384
+REDUCE_WARPS = {True: 4, False: 16}  # by whether a row is short
+# Columns per warp and step: with 256 and the two largest, ptxas would need a stack.
+REDUCE_COLUMNS = {False: 256, True: 128}
 
 
 class Running:
@@ -54,7 +56,7 @@ class Running:
         Slots in them become NEG. Arguments that do not change from slab to slab are built once: the
         host takes about as long per slab as a small GEMM.
         """
-        S, tile = self.ids.shape[1], REDUCE_COLUMNS[self.best]
+        S, half = self.ids.shape[1], next_power_of_2(self.head.vocab_size) // 2
         constant = {
             "p_bias": self.head.bias,
             "p_ids": self.ids[rows],
@@ -73,19 +75,22 @@ class Running:
             "BASE": self.base,
             "BEST": self.best,
             "SB": min(SLOT_TILE, next_power_of_2(max(S, 1))),
-            **REDUCE_TILE,
-            "BV": max(64, min(tile, next_power_of_2(self.head.vocab_size) // 2)),
+            "maxnreg": 64,
         }
 
         def reduce(at: slice, raw_nv: Tensor) -> None:
+            v = at.stop - at.start
+            warps = REDUCE_WARPS[v <= SHORT_ROW]
             launch(
                 "triton_reduce:reduce_rows",
                 (raw_nv.shape[0],),
                 raw_nv,
                 p_raw=raw_nv,
                 ld_raw=raw_nv.stride(0),
-                v=at.stop - at.start,
+                v=v,
                 v0=at.start,
+                BV=max(64, min(warps * REDUCE_COLUMNS[self.best], half)),
+                num_warps=warps,
                 **constant,
             )
 

@@ -17,6 +17,8 @@ import triton.language as tl
 from .triton_common import ABSENT, NEG, shape_logits
 
 LANE = tl.constexpr(4)  # columns: one 16-byte load of fp32
+STEPS = tl.constexpr(64)  # of one lane that are read at once
+LOWEST = tl.constexpr(-1e15)  # below any logit, far above NEG and NEG / T
 
 
 @triton.jit
@@ -112,8 +114,7 @@ def reduce_rows(
     b_s1 = tl.zeros([LANES], DT)
     b_s2 = tl.zeros([LANES], DT)
     b_base = tl.zeros([LANES], DT)
-    b_second = tl.full([LANES], NEG, DT)
-    b_id = tl.zeros([LANES], tl.int32)
+    b_step = tl.zeros([LANES], tl.int32)
     b_n_above = tl.zeros([LANES], tl.int32)
     if BEST and p_label_u is not None:
         b_label_u = tl.load(p_label_u + i_row)
@@ -127,8 +128,9 @@ def reduce_rows(
         b_u = tl.where(m_valid, b_u, NEG)
         b_highest = tl.max(b_u, 1)
         b_new_top = tl.maximum(b_top, b_highest)
-        b_d = tl.where(m_valid, b_u * inv_T - (b_new_top * inv_T)[:, None], 0.0)
-        b_exp = tl.where(m_valid, tl.exp(b_d), 0.0)
+        b_d = b_u * inv_T - tl.maximum(b_new_top * inv_T, LOWEST)[:, None]
+        b_d = tl.maximum(b_d, -1e4)  # NEG² would overflow, and e^-1e4 is zero
+        b_exp = tl.exp(b_d)
         b_s0, b_s1, b_s2 = move_sums(b_s0, b_s1, b_s2, b_top * inv_T, b_new_top * inv_T, MOMENTS)
         b_s0 += tl.sum(b_exp, 1)
         if MOMENTS >= 1:
@@ -137,19 +139,11 @@ def reduce_rows(
             b_s2 += tl.sum(b_exp * b_d * b_d, 1)
         if BASE:
             b_base, _, _ = move_sums(b_base, b_base, b_base, b_top, b_new_top, 0)
-            b_d = tl.where(m_valid, b_u - b_new_top[:, None], 0.0)
-            b_base += tl.sum(tl.where(m_valid, tl.exp(b_d), 0.0), 1)
+            b_base += tl.sum(tl.exp(b_u - tl.maximum(b_new_top, LOWEST)[:, None]), 1)
         if BEST:
-            o_highest = tl.min(tl.where(b_u == b_highest[:, None], o_block, BV), 1)
-            m_others = o_block != o_highest[:, None]
-            b_next = tl.max(tl.where(m_others, b_u, NEG), 1)
-            m_better = b_highest > b_top
-            b_second = tl.where(
-                m_better, tl.maximum(b_top, b_next), tl.maximum(b_second, b_highest)
-            )
-            b_id = tl.where(m_better, i_col + o_highest, b_id)
+            b_step = tl.where(b_highest > b_top, i_col, b_step)
             if p_label_u is not None:
-                b_n_above += tl.sum((m_valid & (b_u > b_label_u)).to(tl.int32), 1)
+                b_n_above += tl.sum((b_u > b_label_u).to(tl.int32), 1)
         b_top = b_new_top
     m_old = v0 > 0
     b_old_top = tl.load(p_top + i_row, mask=m_old, other=NEG)
@@ -178,9 +172,21 @@ def reduce_rows(
         b_old, _, _ = move_sums(b_old, b_old, b_old, b_old_top, b_new_top, 0)
         tl.store(p_base_sum + i_row, b_old + tl.sum(b_base, 0))
     if BEST:
-        # Of equal logits the smallest id: the lane that saw it, or what came before these columns.
-        i_best = tl.min(tl.where(b_top == b_highest, b_id, v), 0)
-        b_next = tl.max(tl.where(b_id == i_best, b_second, b_top), 0)
+        # Of equal logits the smallest id, in the first step of its lane that had it. The second is
+        # the top of another lane, or in this one, which is read again.
+        i_first = tl.min(tl.where(b_top == b_highest, b_step + o_lane, v), 0)
+        i_lane = i_first % BV
+        b_next = tl.max(tl.where(o_lane == i_lane, NEG, b_top), 0)
+        i_best = i_first + LANE - 1
+        for i_col in range(0, v, STEPS * BV):
+            o_cols = (i_col + i_lane) + tl.arange(0, STEPS)[:, None] * BV
+            o_cols += tl.arange(0, LANE)[None, :]
+            b_raw = tl.load(p_row + o_cols, mask=o_cols < v, other=NEG)
+            m_valid = b_raw > ABSENT
+            b_u = shape_logits(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP)
+            b_u = tl.where(m_valid, b_u, NEG)
+            i_best = tl.minimum(i_best, tl.min(tl.where(b_u == b_highest, o_cols, i_best)))
+            b_next = tl.maximum(b_next, tl.max(tl.where(o_cols == i_best, NEG, b_u)))
         b_old_second = tl.load(p_best + 2 * i_row + 1, mask=m_old, other=NEG)
         b_old_id = tl.load(p_best_id + i_row, mask=m_old, other=0)
         m_better = b_highest > b_old_top

@@ -135,7 +135,7 @@ def run_everything() -> None:
     from fastdistill.runtime import backend
 
     vars(backend)["triton_problem"] = lambda *device: None
-    N, H, V, K = 8, 1024, 16384, 64
+    N, H, V, K = 8, 1024, 20480, 64
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.zeros(N, H, dtype=dtype).requires_grad_()
         w = torch.zeros(V, H, dtype=dtype).requires_grad_()

@@ -30,7 +30,7 @@ FACTS = {
     "mark_live": {"loads": 8, "barriers": 2},
     "quantize_row": {"loads": 8, "barriers": 2},
     "reduce_groups": {"loads": 1, "barriers": 3},
-    "reduce_rows": {"loads": 1, "barriers": 25},
+    "reduce_rows": {"loads": 1, "barriers": 32},
     "scale_in_place": {"loads": 2, "stores": 2, "barriers": 0},
     "scatter_hidden": {"barriers": 10},
     "sum_divergence": {"loads": 4, "barriers": 5},
