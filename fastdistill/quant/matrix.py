@@ -117,6 +117,10 @@ class QuantizedMatrix(Tensor):
             return QuantizedMatrix(Int8Weight(shape=shape, block=block, **parts), dtype)
         return QuantizedMatrix(Lut4Weight(shape=shape, block=block, **parts), dtype)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph depends on, besides the types of the parts."""
+        return repr((self.__tensor_flatten__(), tuple(self.shape)))
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

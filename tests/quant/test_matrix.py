@@ -109,6 +109,14 @@ def test_gradients_through_its_rows_on_a_gpu_are_refused(matrix):
         loss.backward()
 
 
+@pytest.mark.slow
+def test_compiled_layers_read_it(matrix):
+    embedding = nn.Embedding(V, H, _weight=matrix).requires_grad_(False)
+    ids = torch.tensor([[3, 0], [130, 3]])
+    compiled = torch.compile(lambda ids: embedding(ids) * 2, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), embedding(ids) * 2)
+
+
 @pytest.mark.parametrize("shape", [(6, 33), (6, 96)])
 def test_blocks_across_rows_have_no_matrix(shape):
     assert QuantizedMatrix.make(quantize(torch.randn(shape), "nf4"), torch.float32) is None
