@@ -60,6 +60,24 @@ def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkey
     assert relative(actual[2], truth[2]) <= PROMISED[torch.bfloat16]
 
 
+@pytest.mark.fast_cases(2)
+@pytest.mark.parametrize(("std", "near"), [(4.0, 0.3), (12.0, 1.0)])
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_rows_of_the_head_that_share_a_direction(divergence, backward, std, near):
+    """Σ dz = 0 cancels the direction in dX, but not its product with the rounding of dz."""
+    c = case(torch.bfloat16, N=24, H=64, V=800, std=std)
+    direction = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    weight = (c.weight.float() + 3 * std * direction).bfloat16()
+    hidden = (c.hidden.float() - (c.hidden.float() @ direction)[:, None] * direction).bfloat16()
+    z = hidden.double() @ weight.double().t()
+    c = c._replace(hidden=hidden, weight=weight, teacher_logits=z + near * torch.randn_like(z))
+    teacher, options = top_k(c.teacher_logits, 48), {"divergence": divergence}
+    actual = run(c, teacher, torch.bfloat16, backward=backward, **options)
+    truth = run(c, teacher, impl="reference", **options)
+    assert relative(actual[1], truth[1]) <= PROMISED[torch.bfloat16]
+
+
 @pytest.mark.fast_cases(10)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 def test_confident_rows(divergence, tail):
