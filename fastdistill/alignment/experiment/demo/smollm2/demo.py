@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def run_comparison(*, out: str | Path, seeds: int = 2, steps: int = 32) -> Compa
     integer("steps", steps, 1)
     folder = Path(out)
     check_folder("out", folder)
-    teacher_file()  # before seconds of imports and loading
+    teacher_file()  # raises before anything is loaded
     began = time.perf_counter()
     setting = open_setting(folder, repeats=1)
     costs = measure_costs(setting, (TOP_K, LABELS), folder, rounds=1)
@@ -183,10 +183,10 @@ def _train_students(
                     steps=max(ends),
                     points=(*curve, *ends),
                     keep=keep,
-                    callbacks=tuple(
-                        progress.phase(f"seed {seed + 1}, {arm.name}", total=max(ends))
-                    ),
                 )
+                if not run.is_done(folder):
+                    bar = progress.phase(f"seed {seed + 1}, {arm.name}", total=max(ends))
+                    run = replace(run, callbacks=tuple(bar))
                 run.run(folder)
                 records.append(run.result(folder))
     return records

@@ -33,7 +33,7 @@ ANSWER = 64  # tokens of an answer at most
 TEXT_PER_CHAT = 5  # windows of text for each chat to train on
 HELD_OUT_EVERY = 4  # prompts
 WINDOWS_PER_TOPIC = 3  # held out
-PROMPTS_AT_ONCE = 72
+PROMPTS_AT_ONCE = 24
 
 Row = dict[str, Tensor]
 
