@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastdistill.hf.lm_head import head_of
-from fastdistill.losses.linear_head import linear_topk
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import DenseTeacher
@@ -46,9 +45,10 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
 
     def counted(x, *args, **options):
         seen.append(len(x))
-        return linear_topk(x, *args, **options)
+        return topk_at(x, *args, **options)
 
-    monkeypatch.setattr(module, "linear_topk", counted)
+    topk_at = module.topk_at
+    monkeypatch.setattr(module, "topk_at", counted)
     targets, answers = get_answers(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
     assert sum(seen) == len(targets.labels) == 14
     assert isinstance(answers, TopK)

@@ -130,9 +130,8 @@ class Logits(VLLM):
 
 
 @pytest.mark.parametrize("shift", [27.0, 1.0, -20.0, -60.0, -400.0])
-def test_logits_are_found_at_opening(monkeypatch, shift):
-    monkeypatch.setattr("helpers.served.VLLM", Logits)
-    with vllm(peaked()) as server:
+def test_logits_are_found_at_opening(shift):
+    with vllm(peaked(), kind=Logits) as server:
         server.shift = shift
         with pytest.raises(WrongAnswer, match="without --logprobs-mode raw_logits"):
             ServedTeacher(server.url)
