@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdistill.hf.lm_head import head_of
+from fastdistill.losses.linear_head import topk_at
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import DenseTeacher
@@ -47,7 +48,6 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
         seen.append(len(x))
         return topk_at(x, *args, **options)
 
-    topk_at = module.topk_at
     monkeypatch.setattr(module, "topk_at", counted)
     targets, answers = get_answers(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
     assert sum(seen) == len(targets.labels) == 14
