@@ -19,6 +19,7 @@ from .gpu_launch import (
     add_product,
     jitted,
     launch,
+    mixture,
     next_power_of_2,
     product,
     scalars,
@@ -47,11 +48,10 @@ def _launch(
     """
     if raw_nV.is_meta:
         return
-    phi, w = None, 0.0
+    phi = None
     if isinstance(options.divergence, str):
         name = plain_name(options.divergence, options.beta, options.skew)
         phi = jitted(f"triton_divergences:{name}")
-        w = float(options.beta if name == "jsd" else options.skew)
     of_teacher = scalars(teacher_head)
     launch(
         kernel,
@@ -68,7 +68,7 @@ def _launch(
         t_scale=of_teacher["scale"],
         t_cap=of_teacher["cap"],
         T_CAP=of_teacher["CAP"],
-        w=w,
+        **mixture(options),
         floor=floor_of(head.dtype),
         PHI=phi,
         BV=min(DENSE_TILE["BV"], next_power_of_2(head.vocab_size)),

@@ -9,6 +9,7 @@ there is no GPU and no Triton.
 from __future__ import annotations
 
 import functools
+import math
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .head import LMHead
+from .token_loss import NEG, LossOptions
 
 SLOT_TILE = 64  # slots per block
 
@@ -53,6 +55,17 @@ def scalars(head: LMHead) -> dict[str, float | bool]:
         "cap": 0.0 if head.softcap is None else float(head.softcap),
         "CAP": head.softcap is not None,
         "inv_T": 1.0 / head.temperature,
+    }
+
+
+def mixture(options: LossOptions) -> dict[str, float]:
+    """β or the skew of a named divergence as a kernel takes it; logarithms from fp64."""
+    w = float(options.beta if options.divergence == "jsd" else options.skew)
+    return {
+        "w": w,
+        "rest": 1.0 - w,
+        "log_w": math.log(w) if w > 0.0 else NEG,
+        "log_rest": math.log1p(-w) if w < 1.0 else NEG,
     }
 
 

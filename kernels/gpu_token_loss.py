@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .divergences import floor_of, plain_name, resolve
-from .gpu_launch import cdiv, jitted, launch, next_power_of_2
+from .gpu_launch import cdiv, jitted, launch, mixture, next_power_of_2
 from .head import LMHead, Stats
 from .token_loss import LossOptions, RowLosses, TeacherTopK, TokenLosses
 
@@ -75,7 +75,7 @@ def token_loss(
         K=K,
         S=S,
         T=float(T),
-        w=float(options.beta if name == "jsd" else options.skew),
+        **mixture(options),
         floor=floor_of(teacher.lp.dtype),
         outside=float(rule.outside or 0.0) if tail == "renorm_teacher" else 0.0,
         on_ids=rule.on_ids if tail == "truncate" else 0.0,

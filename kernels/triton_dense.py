@@ -36,6 +36,9 @@ def sum_divergence(
     t_cap: tl.float64,
     T_CAP: tl.constexpr,
     w: tl.float64,
+    rest: tl.float64,
+    log_w: tl.float64,
+    log_rest: tl.float64,
     floor: tl.float64,
     PHI: tl.constexpr,
     BV: tl.constexpr,
@@ -48,8 +51,8 @@ def sum_divergence(
         p_bias, p_t_bias: [v] or None. p_lse, p_t_lse: [n], the log-sum-exp of z of each model.
         p_D, p_psi_sum: [n], receive D and Ψ.
         scale, cap, inv_T, t_scale, t_cap: scalars of the two heads.
-        w: β or the skew of PHI. floor: the smallest log p.
-        PHI: (log p, log q, w) -> (φ, ψ), from triton_divergences.py.
+        w, rest, log_w, log_rest: of PHI. floor: the smallest log p.
+        PHI: a function of triton_divergences.py.
 
     Program i owns row i and walks it in blocks of BV columns.
     """
@@ -61,6 +64,9 @@ def sum_divergence(
     t_scale = tl.full([], t_scale, DT)
     inv_T = tl.full([], inv_T, DT)
     w = tl.full([], w, DT)
+    rest = tl.full([], rest, DT)
+    log_w = tl.full([], log_w, DT)
+    log_rest = tl.full([], log_rest, DT)
     floor = tl.full([], floor, DT)
     b_lse = tl.load(p_lse + i_row)
     b_t_lse = tl.load(p_t_lse + i_row).to(DT)
@@ -76,7 +82,7 @@ def sum_divergence(
         b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
         b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
         b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
-        b_phi, b_psi = PHI(b_lp, b_lq, w)
+        b_phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
         b_phi_sum += tl.where(m_cols, b_phi, 0.0)
         b_psi_sum += tl.where(m_cols, b_psi, 0.0)
     tl.store(p_D + i_row, tl.sum(b_phi_sum, 0))
@@ -110,6 +116,9 @@ def grad_divergence(
     t_cap: tl.float64,
     T_CAP: tl.constexpr,
     w: tl.float64,
+    rest: tl.float64,
+    log_w: tl.float64,
+    log_rest: tl.float64,
     floor: tl.float64,
     PHI: tl.constexpr,
     BV: tl.constexpr,
@@ -126,7 +135,7 @@ def grad_divergence(
         p_bias, p_t_bias: [v] or None. p_lse, p_t_lse, p_lse_base: [n], log-sum-exp of z of each
             model and of the student's u.
         p_on_D, p_on_q: [n]. p_on_lse, p_on_ce: [n] or None. p_label: int64 [n], needed for p_on_ce.
-        w, floor, PHI: as in sum_divergence.
+        w, rest, log_w, log_rest, floor, PHI: as in sum_divergence.
 
     Program i owns row i and walks it in blocks of BV columns.
     """
@@ -139,6 +148,9 @@ def grad_divergence(
     t_scale = tl.full([], t_scale, DT)
     inv_T = tl.full([], inv_T, DT)
     w = tl.full([], w, DT)
+    rest = tl.full([], rest, DT)
+    log_w = tl.full([], log_w, DT)
+    log_rest = tl.full([], log_rest, DT)
     floor = tl.full([], floor, DT)
     b_lse = tl.load(p_lse + i_row)
     b_t_lse = tl.load(p_t_lse + i_row).to(DT)
@@ -157,7 +169,7 @@ def grad_divergence(
             b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
             b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
             b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
-            _phi, b_psi = PHI(b_lp, b_lq, w)
+            _phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
         b_q = tl.exp(tl.where(m_cols, b_u * inv_T - b_lse, 0.0))
         b_dz = (b_on_D * b_psi - b_on_q * b_q) * inv_T
         if p_on_lse is not None:

@@ -73,6 +73,9 @@ def token_loss(
     S,
     T: tl.float64,
     w: tl.float64,
+    rest: tl.float64,
+    log_w: tl.float64,
+    log_rest: tl.float64,
     floor: tl.float64,
     outside: tl.float64,
     on_ids: tl.float64,
@@ -102,11 +105,11 @@ def token_loss(
             p_entropy: [n] or None.
         p_g_slots: [n, S] or None, receives d(W x). p_g_rest: [n], d lse_rest. p_g_base: [n] or
             None, d lse_base.
-        w: β or the skew of PHI. floor: the smallest log p. outside, on_ids, constant: terms of the
-            divergence, 0 for tails without them.
+        w, rest, log_w, log_rest: of PHI. floor: the smallest log p. outside, on_ids, constant:
+            terms of the divergence, 0 for tails without them.
         on_D, on_ce, on_z: factors of D, of the cross-entropy and of lse₁².
         on_slots: logit_scale / T.
-        PHI: (log p, log q, w) -> (φ, ψ), from triton_divergences.py.
+        PHI: a function of triton_divergences.py.
         CONSTANT: whether constant is not 0. BASE_GRAD: whether on_ce or on_z is not 0.
 
     Program i owns rows [i·BN, (i + 1)·BN) and walks the slots in tiles of SB.
@@ -117,6 +120,9 @@ def token_loss(
     BUCKET: tl.constexpr = TAIL == "bucket"
     T = tl.full([], T, DT)
     w = tl.full([], w, DT)
+    rest = tl.full([], rest, DT)
+    log_w = tl.full([], log_w, DT)
+    log_rest = tl.full([], log_rest, DT)
     floor = tl.full([], floor, DT)
     none = tl.full([], NEG, DT)  # a constant would be rounded to fp32
     outside = tl.full([], outside, DT)
@@ -193,7 +199,7 @@ def token_loss(
         m_ids = tl.load(p_teacher_ids + o_tile, mask=m_in, other=-1) >= 0
         b_lp = tl.load(p_lp + o_tile, mask=m_in, other=0.0).to(DT)
         b_lp, b_lq = log_probs(b_z, b_lp, m_ids, b_lse, b_mass, floor, RENORM)
-        b_phi, b_psi = PHI(b_lp, b_lq, w)
+        b_phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
         b_q = tl.where(m_in, tl.exp(b_lq), 0.0)
         if TAIL == "truncate":
             b_phi += on_ids * (tl.exp(b_lp) - b_q)
@@ -219,7 +225,9 @@ def token_loss(
             m_none = b_lse_tail < ABSENT
             b_lp_tail = tl.load(p_log_tail + o_rows, mask=m_rows, other=0.0).to(DT)
             b_lp_tail = tl.where(m_none, floor, b_lp_tail)
-            b_phi, b_psi_tail = PHI(b_lp_tail, tl.where(m_none, floor, b_lq_tail), w)
+            b_phi, b_psi_tail = PHI(
+                b_lp_tail, tl.where(m_none, floor, b_lq_tail), w, rest, log_w, log_rest
+            )
             b_D += b_phi
             if CONSTANT:
                 b_p_sum += tl.exp(b_lp_tail.to(tl.float64))
@@ -267,7 +275,7 @@ def token_loss(
             b_lp = tl.load(p_lp + o_tile, mask=m_in, other=0.0).to(DT)
             m_ids = b_ids >= 0
             b_lp, b_lq = log_probs(b_z, b_lp, m_ids, b_lse, b_mass, floor, RENORM)
-            _phi, b_psi = PHI(b_lp, b_lq, w)
+            _phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
             b_q = tl.exp(b_lq)
             if TAIL == "truncate":
                 b_psi -= on_ids * b_q

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastdistill as fd
 from benchmarks.counted import on_gpu
 from benchmarks.gpus import H200
 from benchmarks.predict import operands
@@ -174,3 +175,25 @@ def test_a_chunk_launches_one_kernel_for_its_rows(divergence, dtype, label, oper
         assert calls.kernels()["triton_token_loss:token_loss"] == chunks
         counts.append(calls.counts()["operators"])
     assert counts[1] - counts[0] <= operators
+
+
+@pytest.mark.parametrize("w", [3.5e-53, 1 - 1e-12])
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_a_mixture_near_its_end(name, w):
+    """Its logarithm is finite although w or 1 − w is 0 in fp32."""
+    g = torch.Generator().manual_seed(0)
+    x, head, y, other = (torch.randn(*s, generator=g) for s in ((6, 8), (40, 8)) * 2)
+    options = {"divergence": name, "beta": w, "skew": w}
+    for loss in (
+        lambda a, b, c, d, impl: fd.linear_distill_loss(a, b, c, d, impl=impl, **options),
+        lambda a, b, c, d, impl: fd.topk_distill_loss(
+            a, b, fd.linear_topk(c, d, k=5), impl=impl, **options
+        ),
+    ):
+        xs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+        actual = loss(xs[0], head, y, other, "triton")
+        expected = loss(xs[1], head.double(), y.double(), other.double(), "torch")
+        actual.backward()
+        expected.backward()
+        for a, b in ((actual, expected), (xs[0].grad, xs[1].grad)):
+            torch.testing.assert_close(present(a).double(), b, rtol=1e-4, atol=1e-6)
