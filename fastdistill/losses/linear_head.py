@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.backends import get_backend
 from ..kernels.head import LMHead
-from ..kernels.token_loss import ABSENT, entropy_of, first_slots, lse_of
+from ..kernels.token_loss import ABSENT, entropy_of, first_slots, log_tail_of, lse_of
 from ..kernels.topk import topk
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
@@ -213,10 +213,7 @@ def linear_logprobs_at(
         check=check,
     )
     first = first_slots(ids.long().flatten(0, -2)).view(ids.shape)
-    lse = selected.lse.unsqueeze(-1)
-    return TopK(
-        ids.long().masked_fill(~first, -1),
-        (selected.logits - lse).clamp(max=0.0).masked_fill(~first, -torch.inf),
-        (selected.lse_rest - selected.lse).clamp(max=0.0),
-        float(temperature),
-    )
+    logprobs = (selected.logits - selected.lse.unsqueeze(-1)).clamp(max=0.0)
+    logprobs = logprobs.masked_fill(~first, -torch.inf)
+    log_tail = log_tail_of(logprobs, (selected.lse_rest - selected.lse).clamp(max=0.0))
+    return TopK(ids.long().masked_fill(~first, -1), logprobs, log_tail, float(temperature))

@@ -50,6 +50,15 @@ def test_given_ids_have_their_logprobs_and_an_exact_tail(scene):
     assert (answers.logprobs[~used] == -torch.inf).all()
 
 
+def test_the_tail_of_nearly_all_mass_keeps_its_digits():
+    """Its logarithm is near 0, and the log-sum-exps whose difference it is are near 88."""
+    answers = fd.linear_logprobs_at(
+        torch.ones(1, 1), torch.full((5000, 1), 80.0), torch.ones(1, 1).long()
+    )
+    expected = torch.tensor([-1 / 5000], dtype=torch.float64).log1p()
+    torch.testing.assert_close(present(answers.log_tail).double(), expected, rtol=1e-3, atol=0.0)
+
+
 def chosen(support, hidden, weight, teacher_hidden, teacher_weight):
     own = (hidden @ weight.T).topk(K).indices.tolist()
     theirs = (teacher_hidden @ teacher_weight[:V].T).topk(K).indices.tolist()
