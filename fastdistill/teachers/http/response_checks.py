@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...kernels.token_loss import first_slots
 from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ...losses.types import TopK
 
@@ -25,14 +26,15 @@ def check_answer(
 ) -> None:
     """Raise WrongAnswer, with the row of the request and the position, if an answer is invalid.
 
-    With `scored`, the answer is about these ids; otherwise it has the k likeliest.
+    With `scored`, the answer is about these ids, where repeats are empty slots; otherwise it has
+    the k likeliest.
     """
     shape = find_shape_error(answer, (sum(lengths),), k, exactly=True)
     if shape is not None:
         raise WrongAnswer(f"{url}: {shape}")
     likeliest = scored is None
     if scored is not None:
-        other = ((answer.ids != scored) & (answer.ids >= 0)).any(-1)
+        other = (answer.ids != scored.masked_fill(~first_slots(scored), -1)).any(-1)
         if other.any():
             row, position = row_and_position(lengths, int(other.int().argmax()))
             where = f"{url}: row {row}, position {position}"

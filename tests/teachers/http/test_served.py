@@ -18,7 +18,7 @@ from fastdistill import Teacher, TeacherCache, load_teacher
 from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
-from fastdistill.teachers.http import ServedTeacher, serve
+from fastdistill.teachers.http import ServedTeacher, WrongAnswer, serve
 from helpers.present import present
 from helpers.served import MODEL, ours, vllm
 from helpers.training import VOCAB, build, llama, peaked, ragged, train, weights
@@ -84,6 +84,23 @@ def test_a_request_with_wrong_ids_is_refused(url, changes, error):
     status, body, _ = post(url, "/v1/topk", {"prompt": [[5, 9, 14]], **changes})
     assert status == 400
     assert error in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("lie", [-1, 3])
+def test_answers_about_other_ids_are_refused(teacher, url, monkeypatch, lie):
+    real = teacher.logprobs_at
+
+    def other(*args, **options):
+        answers = real(*args, **options)
+        ids = answers.ids.clone()
+        ids[..., 0] = lie
+        return answers._replace(ids=ids)
+
+    monkeypatch.setattr(teacher, "logprobs_at", other)
+    with pytest.raises(WrongAnswer, match="row 0, position 0: expected the ids of the request"):
+        ServedTeacher(url).logprobs_at(
+            torch.tensor([[5, 9]]), None, torch.tensor([[[7, 8], [7, 7]]])
+        )
 
 
 def test_vllm_is_refused_where_ids_are_to_be_scored(tmp_path):
