@@ -61,12 +61,6 @@ class RoutedTeacher:
         limits = [getattr(teacher, "row_limit", None) for teacher in self.teachers.values()]
         return shortest_of([limit for limit in limits if limit is not None])
 
-    def to(self, device: torch.device | str) -> RoutedTeacher:
-        for teacher in self.teachers.values():
-            if hasattr(teacher, "to"):
-                teacher.to(device)
-        return self
-
     def topk(
         self,
         input_ids: Tensor,  # (B, T)

@@ -147,6 +147,9 @@ class SelfTeacher(Teacher):
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Context in which the student is in evaluation mode and has the teacher's weights."""
+        if self._student is None:
+            hint = "pass it to DistillTrainer as teacher"
+            checks.fail("teacher", "a SelfTeacher with a student", "one without", hint)
         with evaluating(self._student):
             if self.weights == "adapter_off":
                 with self._student.disable_adapter():

@@ -19,6 +19,7 @@ from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
 from ..teachers.local import Teacher, load_teacher
 from ..teachers.protocols import DenseTeacher, ScoringTeacher, TopKTeacher
+from ..teachers.routed import RoutedTeacher
 from .cached_answers import check_cache_settings
 from .checks.shared_storage import models_in, shared_parameters
 from .config import DistillConfig
@@ -72,10 +73,11 @@ def resolve_teacher(
         # Answers of a server or cache of unknown vocabulary size are cut to the student's head.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
-    if isinstance(teacher, Teacher):
-        model = teacher.model
-        if not (hasattr(model, "hf_device_map") or is_offloaded(model)):
-            teacher.to(config.device)
+    for local in teacher.teachers.values() if isinstance(teacher, RoutedTeacher) else [teacher]:
+        if isinstance(local, Teacher):
+            model = local.model
+            if not (hasattr(model, "hf_device_map") or is_offloaded(model)):
+                local.to(config.device)
     return ResolvedTeacher(teacher, vocab)
 
 
@@ -124,7 +126,10 @@ def check_fit(
 
 def _check_scores_ids(teacher: Any) -> None:
     """Raise ValueError or TypeError unless the teacher scores the ids that a student chooses."""
-    if isinstance(teacher, ServedTeacher):
+    if isinstance(teacher, RoutedTeacher):
+        for routed in teacher.teachers.values():
+            _check_scores_ids(routed)
+    elif isinstance(teacher, ServedTeacher):
         teacher.check_scores_ids("support")
     elif isinstance(teacher, TeacherCache):
         raise ValueError(

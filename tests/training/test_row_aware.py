@@ -85,6 +85,18 @@ def test_routed_teachers_share_one_vocabulary():
         RoutedTeacher({}, key="domain")
 
 
+def test_routed_teachers_are_placed_and_checked_as_single_ones(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(Teacher, "to", lambda self, device: moved.append((self, device)))
+    by_name = teachers()
+    build(tmp_path, teacher=RoutedTeacher(by_name, key="domain"), data=ROWS)
+    assert [teacher for teacher, _ in moved] == list(by_name.values())
+    cache = TeacherCache.build(Teacher(peaked()), ragged(), tmp_path / "cache", k=4)
+    routed = RoutedTeacher({**by_name, "code": cache}, key="domain")
+    with pytest.raises(ValueError, match="support: expected 'teacher' with the cache"):
+        build(tmp_path, teacher=routed, data=ROWS, k=4, support="student")
+
+
 def spliced(row, trainer):
     """The row that the teacher reads, encoded by hand, and the number of its answer's tokens."""
     encode = trainer.data_collator.encoder
@@ -216,6 +228,11 @@ def test_without_its_adapter_the_student_is_the_model_it_started_from(tmp_path):
         build(tmp_path, teacher=SelfTeacher("adapter_off"))
     with pytest.raises(ValueError, match="weights: expected one of 'live', 'ema', 'adapter_off'"):
         SelfTeacher("base")
+
+
+def test_a_teacher_without_a_student_is_refused():
+    with pytest.raises(ValueError, match="teacher: expected a SelfTeacher with a student"):
+        SelfTeacher().topk(ragged()[0]["input_ids"][None], k=2)
 
 
 def test_the_moving_average_follows_and_resumes(tmp_path):
