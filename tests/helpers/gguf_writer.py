@@ -19,6 +19,7 @@ SIZES = dict(
 
 
 MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+ARCHITECTURES = {"mixtral": "llama"}
 MIXTURE = dict(
     num_experts=4,
     num_experts_per_tok=2,
@@ -32,6 +33,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA,
     "phi3": dict(pad_token_id=0),  # it is 32000 otherwise, outside the vocabulary
     "stablelm": dict(use_qkv_bias=True),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen2moe": MIXTURE,
     "qwen3moe": MIXTURE | dict(head_dim=32, norm_topk_prob=True),
 }
@@ -71,7 +73,9 @@ HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K
 
 def config_of(family, **sizes):
     """The config of the model that `write` stores."""
-    theta = {} if family == "stablelm" else {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}
+    theta: dict[str, Any] = (
+        {} if family in ("stablelm", "nemotron") else {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}
+    )
     sizes = SIZES | theta | OWN_SIZES.get(family, {}) | sizes
     return CONFIG_MAPPING[MODEL_TYPES.get(family, family)](max_position_embeddings=128, **sizes)
 
@@ -102,18 +106,28 @@ def blocks(tensor, kind):
     return data.reshape(*tensor.shape[:-1], -1)
 
 
-def stored(name, tensor, family, config):
+def stored(name, tensor, family, config, single_experts=False):
     """Yield the (name, tensor)s of a file for one of the model."""
-    if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if family in ("llama", "mixtral") and name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         halves = tensor.view(heads, 2, -1, tensor.shape[1])
         tensor = halves.transpose(1, 2).reshape(tensor.shape)
-    if family.startswith("gemma") and name.endswith("norm.weight"):
+    if family.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         tensor = tensor + 1
+    experts = {"down": tensor} if name.endswith("experts.down_proj") else {}
     if name.endswith(GATE_UP):
-        block = name.split(".")[2]
-        for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
-            yield f"blk.{block}.ffn_{part}_exps.weight", half.contiguous()
+        experts = dict(zip(("gate", "up"), tensor.chunk(2, 1), strict=True))
+    block = name.split(".")[2] if experts else ""
+    for part, whole in experts.items():
+        if single_experts:
+            for number, expert in enumerate(whole):
+                yield f"blk.{block}.ffn_{part}.{number}.weight", expert
+        else:
+            yield f"blk.{block}.ffn_{part}_exps.weight", whole.contiguous()
+    if experts:
+        return
+    if "_layernorm.norms." in name:  # of all heads, by the first
+        return
     elif name.endswith("shared_expert_gate.weight"):
         yield gguf_name(name, family), tensor[0]
     else:
@@ -130,6 +144,7 @@ def write(
     architecture=None,
     parts=1,
     kinds=(),
+    single_experts=False,
     **sizes,
 ):
     """A tiny random model in `parts` files. Returns its state dict.
@@ -146,18 +161,23 @@ def write(
     for name, tensor in state.items():
         if tensor.dim() == 1:
             state[name] = tensor = tensor + torch.randn_like(tensor)
-        for gguf_name, part in stored(name, tensor, family, config):
+        for gguf_name, part in stored(name, tensor, family, config, single_experts):
             plain = part.dim() == 1 or "ffn_gate_inp" in gguf_name
             own = [value for key, value in dict(kinds).items() if f".{key}." in gguf_name]
             own += [head_kind] if head_kind and gguf_name == "output.weight" else []
             of = "F32" if plain else [*own, kind][0]
             written[gguf_name] = (blocks(part, of), types[of])
+    for block in range(config.num_hidden_layers if getattr(config, "qk_layernorm", False) else 0):
+        for x in "qk":
+            norms = [n for n in state if f"layers.{block}.self_attn.{x}_layernorm" in n]
+            stack = torch.stack([state[name] for name in norms])
+            written[f"blk.{block}.attn_{x}_norm.weight"] = (stack.numpy(), types.F32)
     written |= {name: (data, types.F32) for name, data in extra}
     names = list(written)
     for number in range(parts):
         own = names[number::parts]
         path = file if parts == 1 else part_of(file, number, parts)
-        writer = gguf.GGUFWriter(path, architecture or family)
+        writer = gguf.GGUFWriter(path, architecture or ARCHITECTURES.get(family, family))
         if number == 0:
             _fields(writer, family, config, fields)
         if parts > 1:
@@ -192,8 +212,9 @@ def _fields(writer, family, config, fields):
         writer.add_layer_norm_eps(config.layer_norm_eps)
         writer.add_rope_dimension_count(4)  # a quarter of a head
     else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(500000.0)
+        rms_eps = config.norm_eps if family == "nemotron" else config.rms_norm_eps
+        writer.add_layer_norm_rms_eps(rms_eps)
+        writer.add_rope_freq_base(10000.0 if family == "nemotron" else 500000.0)
     if "head_dim" in OWN_SIZES.get(family, {}):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -204,9 +225,10 @@ def _fields(writer, family, config, fields):
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if family.endswith("moe"):
+    if family.endswith("moe") or family == "mixtral":
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if family.endswith("moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if family == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)

@@ -92,7 +92,6 @@ def test_fields_that_change_nothing_are_read(fields):
         ("attention.sliding_window", 64),
         ("attn_logit_softcapping", 50.0),
         ("final_logit_softcapping", 30.0),
-        ("expert_count", 8),
         ("expert_used_count", 2),
         ("expert_weights_scale", 2.5),
         ("nextn_predict_layers", 1),
@@ -228,6 +227,12 @@ def test_gemma_3_has_other_rotary_frequencies_in_local_layers():
         ),
         ("qwen3moe", {"expert_count": 4}, "expert_used_count: expected a number"),
         ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}, "ffn_gate_exps.weight: expected"),
+        (
+            "llama",
+            {"expert_count": 4, "expert_used_count": 5},
+            "expert_used_count: expected 1 to 4",
+        ),
+        ("qwen2", {"expert_count": 4}, "qwen2.expert_count: expected 0, got 4"),
         ("llama", {"attention.key_length": -4}, "key_length: expected an integer of 1"),
     ],
 )

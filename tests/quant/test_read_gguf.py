@@ -1,13 +1,15 @@
 """Reading .gguf files: every weight as transformers expands it, or refused."""
 
 import math
+import shlex
 import struct
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import load_teacher
 from fastdistill.quant import load_quantized, save_quantized
@@ -24,6 +26,7 @@ from fastdistill.quant.schemes import Int8Weight, Lut4Weight
 from helpers.gguf_writer import config_of, part_of, write
 from helpers.stored import read_all, values
 
+ONE = np.ones((96, 64), np.float32)
 LARGE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)  # whole blocks of 256
 
 
@@ -43,6 +46,7 @@ LARGE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)  # who
         ("stablelm", "Q6_K", LARGE),
         ("qwen2moe", "Q4_1", {}),
         ("qwen2moe", "Q5_1", {}),
+        ("qwen3moe", "MXFP4", {}),
         ("qwen3moe", "Q8_0", {}),
     ],
 )
@@ -65,17 +69,39 @@ def test_equals_transformers(tmp_path, family, kind, sizes):
         assert torch.equal(weight.float().view(expected[name].shape), expected[name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_converted_model(tmp_path, family):
+FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *((family, {}, {}) for family in FAMILIES if family != "gemma3"),
+    ("gemma3", {"num_hidden_layers": 6}, {}),  # the sixth is another
+    ("stablelm", {"qk_layernorm": True}, {}),
+    ("mixtral", {}, {}),
+    ("mixtral", {}, {"single_experts": True}),
+]
+
+
+@pytest.mark.parametrize("family, sizes, how", FORMS)
+def test_logits_are_those_of_the_converted_model(tmp_path, family, sizes, how):
     """Names, order of rows, norms and all entries of the config."""
-    sizes = {"num_hidden_layers": 6} if family == "gemma3" else {}  # the sixth is another
-    state = write(tmp_path / "tiny.gguf", family, "F32", **sizes)
+    state = write(tmp_path / "tiny.gguf", family, "F32", **how, **sizes)
     original = AutoModelForCausalLM.from_config(config_of(family, **sizes)).eval()
     original.load_state_dict(state, strict=False)
     model = load_quantized(tmp_path / "tiny.gguf")
     ids = torch.arange(24)[None]  # more than the sliding window of Gemma
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
+def test_experts_one_by_one_are_those_that_are_stacked(tmp_path, kind):
+    """As in files before April 2024."""
+    read = []
+    for single in (True, False):
+        write(tmp_path / "tiny.gguf", "mixtral", kind, single_experts=single)
+        read.append(read_all(tmp_path / "tiny.gguf"))
+    assert read[0].keys() == read[1].keys()
+    for name, weight in read[1].items():
+        a, b = (w.values if isinstance(w, Expanded) else w for w in (weight, read[0][name]))
+        a, b = (w if isinstance(w, torch.Tensor) else values(w) for w in (a, b))
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("kind, of", [("Q4_0", Lut4Weight), ("Q8_0", Int8Weight)])
@@ -180,12 +206,17 @@ def test_yarn(tmp_path, family):
     [
         (dict(architecture="falcon"), r"architecture: expected one of .*'llama'.*got 'falcon'"),
         (dict(extra=[("blk.0.ffn_gate_exps.weight", np.ones((2, 32), np.float32))]), "gate_exps"),
+        (dict(extra=[("blk.0.ffn_gate.0.weight", np.ones((2, 32), np.float32))]), "gate.0.weight"),
+        (
+            dict(family="mixtral", single_experts=True, extra=[("blk.0.ffn_up.7.weight", ONE)]),
+            "0: expected ffn_gate.N.weight and ffn_up.N.weight of each expert.* got 9 tensors",
+        ),
         (dict(extra=[("blk.0.attn_q.bias", np.ones(64, np.float32))]), "attn_q.bias"),
         (dict(extra=[("rope_factors_long.weight", np.ones(8, np.float32))]), "rotary"),
         (dict(fields=[("llama.rope.dimension_count", 8)]), "dimensions of a head, got 8"),
         (dict(fields=[("llama.rope.scaling.type", "su")]), "type: expected one of .*none.*'su'"),
         (dict(extra=[("blk.7.attn_q.weight", np.ones((2, 32), np.float32))]), "expected 3.*got 2"),
-        (dict(fields=[("llama.expert_count", 8)]), "expected 0, got 8.*model's safetensors checkp"),
+        (dict(fields=[("llama.expert_count", 8)]), "expected a tensor of a mixtral model"),
         (dict(fields=[("split.count", 3)]), "one of 3.*gguf-split --merge"),
     ],
 )
@@ -299,7 +330,25 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, change, words):
         open_checkpoint(next(path for path in (part(0), part(1)) if path.exists()))
 
 
-@pytest.mark.parametrize("number, name", [(16, "IQ2_XXS"), (35, "TQ2_0"), (39, "MXFP4")])
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_the_command_for_another_architecture_expands_the_file(tmp_path, monkeypatch):
+    tokens = [*"abcdefgh", "<s>", "ab", *(f"t{i}" for i in range(86))]
+    tokenizer = {"model": "gpt2", "tokens": tokens, "merges": ["a b"], "bos_token_id": 8}
+    fields = [(f"tokenizer.ggml.{key}", value) for key, value in tokenizer.items()]
+    state = write(tmp_path / "tiny.gguf", "nemotron", "F32", fields=fields)
+    with pytest.raises(CheckpointError, match="use the model's safetensors checkpoint") as caught:
+        open_checkpoint(tmp_path / "tiny.gguf")
+    _, _, code, *arguments = shlex.split(str(caught.value)[str(caught.value).index("python -c") :])
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    read = AutoModelForCausalLM.from_pretrained("expanded").state_dict()
+    torch.testing.assert_close(dict(read), dict(state))  # norms were stored as w + 1
+    assert AutoTokenizer.from_pretrained("expanded")("ab")["input_ids"] == [9]
+
+
+@pytest.mark.parametrize("number, name", [(16, "IQ2_XXS"), (35, "TQ2_0"), (40, "NVFP4")])
 def test_other_types_are_refused_with_a_command(tmp_path, number, name):
     write(tmp_path / "tiny.gguf", kind="F16")
     data = bytearray((tmp_path / "tiny.gguf").read_bytes())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,20 +26,31 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import fail
-from ..schemes import Int8Weight, Lut4Weight, QuantWeight, take_rows
+from ..schemes import QuantWeight, take_rows
 from .gguf_config import ROPE, read_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_headers
-from .gguf_names import FAMILIES, GATE_UP, Family
+from .gguf_names import FAMILIES, GATE_UP, Family, family_of
 from .gguf_types import expanded, quantized
 from .tensor_files import Expanded, Thunk, fail_checkpoint, reading
 
 logger = logging.getLogger(__name__)
 
 _MATRIX = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight"
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp|\.\d+)?)\.weight"
 )
+_EXPERT = r"(?<=ffn_gate|ffn_down)\.\d+\.|(?<=ffn_up)\.\d+\."  # of files before April 2024
+_HEADS = {"q": "attention", "k": "key_value"}
 _ENDS = ("token_embd.weight", "output.weight")  # the embedding and the head
 _INSTEAD = "use the model's safetensors checkpoint"
+# Other architectures that transformers 5.23 reads with all their tensors.
+_EXPANDED_BY_TRANSFORMERS = ("falcon", "lfm2", "nemotron", "qwen35", "qwen35moe")
+_EXPAND = (
+    "import sys, transformers as t; at, file, out = sys.argv[1:]; "
+    "m = t.AutoModelForCausalLM.from_pretrained(at, gguf_file=file, "
+    "quantization_config=t.GgufConfig(dequantize=True)); "
+    "m.save_pretrained(out); "
+    "t.AutoTokenizer.from_pretrained(at, gguf_file=file).save_pretrained(out)"
+)
 _CHUNK = 1 << 16  # values unpacked at a time: larger temporaries fragment the heap
 
 
@@ -61,30 +73,40 @@ def read_gguf(file: Path) -> GGUFModel:
     name = header.fields.get("general.architecture")
     if name not in FAMILIES:
         expected = f"one of {tuple(FAMILIES)}, whose layout is known"
-        fail_checkpoint(f"{file}: general.architecture", expected, repr(name), _INSTEAD)
-    family = FAMILIES[name]
+        hint = _INSTEAD
+        if name in _EXPANDED_BY_TRANSFORMERS:
+            at = f"{shlex.quote(str(file.parent))} {shlex.quote(file.name)} expanded"
+            hint += f", or expand the file with transformers: python -c {shlex.quote(_EXPAND)} {at}"
+        fail_checkpoint(f"{file}: general.architecture", expected, repr(name), hint)
+    family = family_of(header.fields, name)
     parts: dict[str, list[str]] = defaultdict(list)
     factors = {}
     for stored, tensor in header.tensors.items():
         if stored in ROPE:
             factors[stored] = _dense(stored, tensor).flatten()
         else:
-            parts[_parameter(tensor.file, stored, name, family)].append(stored)
+            parts[_parameter(tensor.file, stored, family)].append(stored)
     config = read_config(file, header, name, factors)
     weights: dict[str, Thunk] = {}
     for parameter, names in parts.items():
         tensors = {stored: header.tensors[stored] for stored in names}
+        first = tensors[names[0]]
         if parameter.endswith(GATE_UP):
             weights[parameter] = functools.partial(_gate_up, file, tensors)
+        elif re.search(_EXPERT, names[0]):
+            weights[parameter] = functools.partial(_stack, file, tensors, ("down",))
+        elif "*" in parameter:  # the norms of each head of StableLM
+            for row in range(first.shape[0]):
+                weights[parameter.replace("*", str(row))] = functools.partial(
+                    _row, names[0], first, row
+                )
         else:
             heads = None
             if family.interleaved and (match := re.search(r"\.attn_([qk])\.weight", names[0])):
-                heads = config[f"num_{'attention' if match[1] == 'q' else 'key_value'}_heads"]
+                heads = config[f"num_{_HEADS[match[1]]}_heads"]
             minus = float(family.norms_plus_one and names[0].endswith("norm.weight"))
             shape = (1, -1) if parameter.endswith("shared_expert_gate.weight") else None
-            weights[parameter] = functools.partial(
-                _weight, names[0], tensors[names[0]], heads, minus, shape
-            )
+            weights[parameter] = functools.partial(_weight, names[0], first, heads, minus, shape)
     _log(file, header)
     return GGUFModel(config, weights, header.bytes, is_quantized_gguf(header))
 
@@ -94,13 +116,14 @@ def is_quantized_gguf(header: GGUFHeader) -> bool:
     return any(tensor.type.unpack is not None for tensor in header.tensors.values())
 
 
-def _parameter(file: Path, stored: str, name: str, family: Family) -> str:
+def _parameter(file: Path, stored: str, family: Family) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", stored)
     names, part = (family.layer, match[2]) if match else (family.model, stored)
+    part = re.sub(_EXPERT, ".*.", part)
     if part not in names:
         fail_checkpoint(
             f"{file}: tensor {stored!r}",
-            f"a tensor of a {name} model as transformers has it",
+            f"a tensor of a {family.model_type} model as transformers has it",
             "an unknown one",
             _INSTEAD,
         )
@@ -208,42 +231,73 @@ def _halves_together(rows: int, heads: int) -> Tensor:  # inside `reading`
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
+def _row(name: str, tensor: GGUFTensor, row: int) -> Tensor:
+    """Return a row of a matrix in full precision."""
+    values = _dense(name, tensor)
+    with reading(tensor.file, name):
+        if values.dim() != 2:
+            fail("shape", "[heads, width of a head]", list(values.shape))
+    return values[row]
+
+
 def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight | Expanded:
     """Return the stack [E, 2 I, H] of gates [E, I, H] and ups [E, I, H]."""
+    if any(re.search(_EXPERT, name) for name in tensors):
+        return _stack(file, tensors, ("gate", "up"))
     names = sorted(tensors)  # ffn_gate_exps, ffn_up_exps
     if len(names) != 2 or tensors[names[0]].shape != tensors[names[1]].shape:
         got = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names)
         fail_checkpoint(file, "ffn_gate_exps and ffn_up_exps of one shape in each layer", got)
-    first, second = (tensors[name] for name in names)
-    with reading(first.file, names[0]):
-        if len(first.shape) != 3:
-            fail("shape", "[experts, rows, columns]", list(first.shape))
-    same = first.type is second.type and all(_stays(name, tensors[name]) for name in names)
-    if not same:
-        values = torch.cat([_dense(name, tensors[name]) for name in names], 1)
-        if first.type.unpack is None and second.type.unpack is None:
-            return values
-        kinds = dict.fromkeys(tensor.type.name for tensor in (first, second))
-        return Expanded(values, f"GGUF {' and '.join(kinds)}")
-    gate, up = (_read(name, tensors[name]) for name in names)
-    assert not isinstance(gate, Tensor)
-    assert not isinstance(up, Tensor)
-    experts, rows, _ = first.shape
-    both = _below(gate, up)
+    shape = tensors[names[0]].shape
+    with reading(tensors[names[0]].file, names[0]):
+        if len(shape) != 3:
+            fail("shape", "[experts, rows, columns]", list(shape))
+    both = _below(tensors, names, 1)
+    if isinstance(both, Tensor | Expanded):
+        return both
+    experts, rows, _ = shape
     order = torch.arange(2 * experts * rows).view(2, experts, rows).transpose(0, 1).reshape(-1)
     return take_rows(both, order)
 
 
-def _below(top: QuantWeight, bottom: QuantWeight) -> QuantWeight:
-    """Return two matrices of one type, one below the other."""
-    shape = (top.shape[0] + bottom.shape[0], top.shape[1])
-    assert isinstance(top.scale, Tensor)
-    assert isinstance(bottom.scale, Tensor)
-    scale, qdata = torch.cat([top.scale, bottom.scale]), torch.cat([top.qdata, bottom.qdata])
-    if isinstance(top, Int8Weight):
-        return replace(top, shape=shape, scale=scale, qdata=qdata)
-    assert isinstance(bottom, Lut4Weight)
-    offset = None
-    if top.offset is not None and bottom.offset is not None:
-        offset = torch.cat([top.offset, bottom.offset])
-    return replace(top, shape=shape, scale=scale, qdata=qdata, offset=offset)
+def _stack(
+    file: Path, tensors: dict[str, GGUFTensor], parts: tuple[str, ...]
+) -> Tensor | QuantWeight | Expanded:
+    """Return the stack [E, N, K] of matrices of single experts; N is the sum over `parts`."""
+    block = next(iter(tensors)).rpartition(".ffn_")[0]
+    experts = len(tensors) // len(parts)
+    names = [f"{block}.ffn_{part}.{e}.weight" for e in range(experts) for part in parts]
+    shapes = {tensors[name].shape for name in names if name in tensors}
+    if set(names) != set(tensors) or len(shapes) != 1 or len(min(shapes)) != 2:
+        expected = f"{' and '.join(f'ffn_{part}.N.weight' for part in parts)} of each expert"
+        got = f"{len(tensors)} tensors, {min(tensors)} {list(min(shapes))} among them"
+        fail_checkpoint(f"{file}: {block}", f"{expected}, in one shape", got)
+    stack = _below(tensors, names, 0)
+    if isinstance(stack, Tensor):
+        return stack.view(experts, -1, stack.shape[1])
+    if isinstance(stack, Expanded):
+        return replace(stack, values=stack.values.view(experts, -1, stack.values.shape[1]))
+    return stack
+
+
+def _below(
+    tensors: dict[str, GGUFTensor], names: list[str], axis: int
+) -> Tensor | QuantWeight | Expanded:
+    """Return tensors of one shape, one below the other; joined at `axis` in full precision."""
+    first = tensors[names[0]]
+    if any(
+        tensors[name].type is not first.type or not _stays(name, tensors[name]) for name in names
+    ):
+        values = torch.cat([_dense(name, tensors[name]) for name in names], axis)
+        if all(tensors[name].type.unpack is None for name in names):
+            return values
+        kinds = dict.fromkeys(tensors[name].type.name for name in names)
+        return Expanded(values, f"GGUF {' and '.join(kinds)}")
+    weights: list[Any] = [_read(name, tensors[name]) for name in names]
+    rows = sum(weight.shape[0] for weight in weights)
+    joined: dict[str, Any] = {"shape": (rows, weights[0].shape[1])}
+    for part in ("scale", "qdata", "offset"):
+        if getattr(weights[0], part, None) is not None:
+            joined[part] = torch.cat([getattr(weight, part) for weight in weights])
+    stack: QuantWeight = replace(weights[0], **joined)
+    return stack

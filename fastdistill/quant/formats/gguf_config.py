@@ -18,7 +18,7 @@ from ...runtime import checks
 from ...runtime.checks import fail
 from .gguf_header import GGUFHeader
 from .gguf_metadata import check_scale, read_metadata
-from .gguf_names import FAMILIES
+from .gguf_names import family_of, has_experts
 from .tensor_files import fail_checkpoint, reading
 
 _FREQUENCIES = "rope_freqs.weight"
@@ -61,7 +61,7 @@ def _config(header: GGUFHeader, family: str, factors: dict[str, Tensor]) -> dict
         for key, entry in GGUF_CONFIG_MAPPING[table].items():
             if entry is not None and fields.get(f"{prefix}.{key}") is not None:
                 config[entry] = fields[f"{prefix}.{key}"]
-    config |= {"model_type": FAMILIES[family].model_type, **metadata}
+    config |= {"model_type": family_of(fields, family).model_type, **metadata}
     config["tie_word_embeddings"] = "output.weight" not in tensors
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if config["num_hidden_layers"] != len(blocks):
@@ -72,7 +72,7 @@ def _config(header: GGUFHeader, family: str, factors: dict[str, Tensor]) -> dict
         config |= _gemma(fields, family, config, width)
     elif family == "stablelm":
         config |= _stablelm(header)
-    elif family.endswith("moe"):
+    elif has_experts(fields, family):
         config |= _mixture(header, family)
     for name, factor in factors.items():
         if factor.numel() != rotated // 2:
@@ -155,7 +155,12 @@ def _stablelm(header: GGUFHeader) -> dict[str, Any]:
         expected = f"{parallel}, as the tensors say"
         fail("stablelm.use_parallel_residual", expected, stated)
     biased = any(name.endswith(".attn_q.bias") for name in header.tensors)
-    return {"use_parallel_residual": parallel, "use_qkv_bias": biased}
+    normed = any(name.endswith(".attn_q_norm.weight") for name in header.tensors)
+    return {
+        "use_parallel_residual": parallel,
+        "use_qkv_bias": biased,
+        "qk_layernorm": normed,
+    }
 
 
 def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
@@ -163,7 +168,10 @@ def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
     fields = header.fields
     experts = fields[f"{family}.expert_count"]
     checks.integer(f"{family}.expert_count", experts, 1)
-    checks.integer(f"{family}.expert_used_count", fields[f"{family}.expert_used_count"], 1, experts)
+    used = fields[f"{family}.expert_used_count"]
+    checks.integer(f"{family}.expert_used_count", used, 1, experts)
+    if family == "llama":  # Mixtral, whose experts have the width feed_forward_length
+        return {"num_local_experts": experts, "num_experts_per_tok": used}
     entries: dict[str, Any] = {"norm_topk_prob": family == "qwen3moe"}  # as llama.cpp
     widths = {"moe_intermediate_size": ("blk.0.ffn_gate_exps.weight", 1)}
     if family == "qwen2moe":

@@ -12,6 +12,7 @@ from typing import Any
 from ...runtime import checks
 from ...runtime.checks import fail
 from ...runtime.printable import printable
+from .gguf_names import has_experts
 
 _REQUIRED = (
     "context_length",
@@ -40,8 +41,7 @@ _READ_OF = {  # by family, besides
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
     "gemma3": {"rope.freq_base_swa", "attention.sliding_window_pattern"},
     "phi3": {"rope.scaling.attn_factor", "rope.scaling.original_context_length"},
-    "qwen2moe": _EXPERTS | {"expert_shared_feed_forward_length"},
-    "qwen3moe": _EXPERTS,
+    "qwen2moe": {"expert_shared_feed_forward_length"},
     "stablelm": {"use_parallel_residual"},
 }
 _INSTEAD = "use the model's safetensors checkpoint"
@@ -79,7 +79,9 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
         for key, value in fields.items()
         if key.startswith(f"{family}.")
     }
-    needed, known = required(family), _READ | _READ_OF.get(family, set())
+    needed, known = required(fields, family), _READ | _READ_OF.get(family, set())
+    if has_experts(fields, family):
+        known = known | _EXPERTS
     for key in needed:
         if entries.get(key) is None:
             fail(f"{family}.{key}", "a number for all layers", "none")
@@ -99,9 +101,9 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
     return _scaling(entries, family) | _window(entries, family) | rope
 
 
-def required(family: str) -> tuple[str, ...]:
+def required(fields: dict[str, Any], family: str) -> tuple[str, ...]:
     """Return the keys that a file must have, with a number for all layers."""
-    moe = ("expert_count", "expert_used_count") if family.endswith("moe") else ()
+    moe = ("expert_count", "expert_used_count") if has_experts(fields, family) else ()
     if family == "stablelm":
         return *_REQUIRED[:-1], "attention.layer_norm_epsilon"
     return *_REQUIRED, *moe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _PROJECTIONS = {
     "attn_q.weight": "self_attn.q_proj.weight",
@@ -37,6 +37,12 @@ _EXPERTS = _PROJECTIONS | {
     "ffn_up_exps.weight": GATE_UP,
     "ffn_down_exps.weight": "mlp.experts.down_proj",
 }
+# Mixtral, as written before and since experts are stacked; "*" is the number of an expert.
+_MIXTRAL = _EXPERTS | {
+    "ffn_gate.*.weight": GATE_UP,
+    "ffn_up.*.weight": GATE_UP,
+    "ffn_down.*.weight": "mlp.experts.down_proj",
+}
 _SHARED_EXPERT = {
     "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
     "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
@@ -55,7 +61,8 @@ class Family(NamedTuple):
 
     Args:
         model_type: of transformers.
-        layer: the tensors of a layer. model: those outside the layers.
+        layer: the tensors of a layer; a "*" in the parameter is the number of a row. model: those
+            outside the layers.
         interleaved: the rows of the query and key projections alternate between the two halves of
             each head's rotary dimensions (LlamaModel.permute of convert_hf_to_gguf.py).
         norms_plus_one: norms are stored as w + 1.
@@ -91,6 +98,7 @@ FAMILIES = {
         "stablelm",
         _LLAMA
         | _QKV_BIASES
+        | {f"attn_{x}_norm.weight": f"self_attn.{x}_layernorm.norms.*.weight" for x in "qk"}
         | {
             "attn_norm.bias": "input_layernorm.bias",
             "ffn_norm.bias": "post_attention_layernorm.bias",
@@ -98,3 +106,14 @@ FAMILIES = {
         MODEL | {"output_norm.bias": "model.norm.bias"},
     ),
 }
+MIXTRAL = Family("mixtral", _MIXTRAL, interleaved=True)  # its architecture is "llama", too
+
+
+def has_experts(fields: dict[str, Any], name: str) -> bool:
+    """Whether a file of this general.architecture is a mixture."""
+    return name.endswith("moe") or (name == "llama" and bool(fields.get("llama.expert_count")))
+
+
+def family_of(fields: dict[str, Any], name: str) -> Family:
+    """Return the family of a file of this general.architecture, which is one of FAMILIES."""
+    return MIXTRAL if name == "llama" and has_experts(fields, name) else FAMILIES[name]

@@ -2,15 +2,16 @@
 
     Q4_0, Q5_0, Q8_0        w = d · q            blocks of 32
     IQ4_NL                  w = d · table[q]     blocks of 32
+    MXFP4                   w = d · table[q]     blocks of 32, d = 2^(e − 128) of a byte e
     Q4_1, Q5_1              w = d · q + m        blocks of 32
     Q3_K, Q6_K              w = (d · s) · q      blocks of 256, an integer s for each 16 values
     IQ4_XS                  w = (d · s) · table[q]    256, s for each 32 values
     Q2_K                    w = (d · s) · q − d₂ · s₂    256, s and s₂ for each 16 values
     Q4_K, Q5_K              w = (d · s) · q − d₂ · s₂    256, s and s₂ for each 32 values
 
-in fp32, with every operation rounded, as in ggml; d, d₂ and m are fp16. So 4-bit codes are LUT4 and
-signed codes without an offset are INT8, with the same bits. Q5_1 and Q5_K have 32 codes and an
-offset: they are neither, and are expanded to fp32.
+in fp32, with every operation rounded, as in ggml; other d, d₂ and m are fp16. So 4-bit codes are
+LUT4 and signed codes without an offset are INT8, with the same bits. Q5_1 and Q5_K have 32 codes
+and an offset: they are neither, and are expanded to fp32.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from ..schemes import CENTERED, UNSIGNED, Int8Weight, Lut4Weight, QuantWeight, p
 
 # The table of IQ4_NL and IQ4_XS.
 _IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+_E2M1 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+_MXFP4 = (*_E2M1, 0.0, *(-value for value in _E2M1[1:]))
 
 
 class Codes(NamedTuple):
@@ -202,6 +205,11 @@ def _iq4_xs(blocks: Tensor) -> Codes:
     return Codes(_nibbles(blocks[:, 8:], 16), _half(blocks, 0) * _signed(scales, 32))
 
 
+def _mxfp4(blocks: Tensor) -> Codes:
+    scale = (blocks[:, :1].double() - 128).exp2().float()
+    return Codes(_nibbles(blocks[:, 1:], 16), scale)
+
+
 TYPES = {
     0: GGUFType("F32", 1, 4),
     1: GGUFType("F16", 1, 2, torch.float16),
@@ -218,13 +226,14 @@ TYPES = {
     14: GGUFType("Q6_K", 256, 210, unpack=_q6_k, group=16),
     20: GGUFType("IQ4_NL", 32, 18, unpack=_q4_0, group=32, table=_IQ4),
     23: GGUFType("IQ4_XS", 256, 136, unpack=_iq4_xs, group=32, table=_IQ4),
+    39: GGUFType("MXFP4", 32, 17, unpack=_mxfp4, group=32, table=_MXFP4),
 }
 # Types of ggml that are not read.
 OTHERS = dict(
     zip(
-        (9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 34, 35, 39, 40, 41),
+        (9, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 27, 28, 29, 34, 35, 40, 41),
         "Q8_1 Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ3_S IQ2_S I8 I16 I32 I64 F64 IQ1_M TQ1_0 TQ2_0 "
-        "MXFP4 NVFP4 Q1_0".split(),
+        "NVFP4 Q1_0".split(),
         strict=True,
     )
 )
