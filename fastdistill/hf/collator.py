@@ -51,9 +51,12 @@ class DistillCollator:
             for limit in self.limits:
                 limit.check(attended_length(row), "input_ids", index)
         widest = min((limit.tokens for limit in self.limits), default=None)
-        batch = padded(
+        batch: dict[str, Any] = padded(
             rows, self.pad_id, self.pad_to_multiple_of, prompts=self.prompts, widest=widest
         )
+        if any(row.images for row in rows):
+            tensors = [row.images or {} for row in rows]
+            batch["images"] = self.encoder.images.joined(tensors, batch["input_ids"])
         if self.more is not None:
             batch |= self.more(batch)
         if self.teacher_prompts:
@@ -98,7 +101,9 @@ def attended_first(row: EncodedExample) -> EncodedExample:
     attended = row.attention_mask != 0
     order = torch.sort((~attended).byte(), stable=True).indices
     prompt = int(attended[: row.prompt_length].sum())
-    return EncodedExample(row.ids[order], row.targets[order], row.attention_mask[order], prompt)
+    return EncodedExample(
+        row.ids[order], row.targets[order], row.attention_mask[order], prompt, row.images
+    )
 
 
 def padded(

@@ -40,6 +40,8 @@ _CONTENT = (
     *("instruction", "input", "system", "system_prompt", "conversation", "conversations"),
     *("response", "responses", "output", "outputs", "chosen", "rejected"),
 )
+# Columns of datasets with images or audio, also if they have paths or URLs.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _SINGLE = (
     str,
     bool,
@@ -59,8 +61,10 @@ _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a conte
 _LOOKED_AT = 8  # items of a list that are inspected
 
 
-def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
+def check_columns(example: Any, tensors: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """Return the form of an example and its columns that are not None.
+
+    `tensors`: columns that the model reads beside input_ids.
 
     Raises:
         ValueError or TypeError: it has no known form, a column of the wrong type, or a column that
@@ -75,7 +79,8 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
         got = f"{sorted(map(str, columns))}" + (f", and None in {empty}" if empty else "")
         fail("train_dataset", f"dicts with {FORMS}", printable(got))
     for name, value in columns.items():
-        if name != form and name not in _READ[form]:
+        is_tensor = form == "input_ids" and name in tensors
+        if name != form and name not in _READ[form] and not is_tensor:
             _check_unread(str(name), value, form, columns)
     if form == "messages":
         columns["messages"] = check_messages("messages", columns["messages"])
@@ -244,10 +249,13 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
         fail(name, "messages, whose template reads it", "text with it")
     if name in _CONTENT and form != "input_ids":
         _check_content_is_read(name, value, form, columns)
-    if name in _TEXTS or not _is_data(value):
+    has_media = name in _MEDIA and bool(_texts_in(value))
+    if name in _TEXTS or not (has_media or _is_data(value)):
         return
     what = f"{type(value).__name__} of numbers or bytes"
-    if isinstance(value, (list, tuple)):
+    if has_media:
+        what = f"the text {printable(repr(_texts_in(value)[0]), 60)}"
+    elif isinstance(value, (list, tuple)):
         what = f"a list of {len(value)} with numbers or bytes in it"
     read = ", ".join((form, *_READ[form]))
     fail(
@@ -255,7 +263,8 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
         f"only columns that are read ({read}), texts and single values",
         what,
         "images, audio, positions and lengths of packed documents are not read: remove the column "
-        "if it does not matter, and pass packed documents as examples of their own",
+        "if it does not matter, pass images to a vision model as input_ids and the tensors of its "
+        "processor, and packed documents as examples of their own",
     )
 
 
@@ -355,7 +364,8 @@ def _check_content(name: str, content: Any) -> None:
                 name,
                 "texts",
                 f"a part of type {printable(kind)}",
-                "images, audio and video are not read",
+                "images, audio and video are not read from messages: pass images to a vision "
+                "model as input_ids and the tensors of its processor",
             )
 
 

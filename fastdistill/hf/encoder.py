@@ -8,7 +8,7 @@ Nothing is shifted: targets[t] is ids[t] or −100.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .columns import (
     check_mask,
     check_positions,
 )
+from .images import ImageInputs
 from .tokenized import append_end, tokenize, tokenize_pair
 from .tokenizers import with_chat_template
 
@@ -35,13 +36,14 @@ class EncodedExample(NamedTuple):
     """One encoded example: int64 [T] each.
 
     `prompt`: how many of the first tokens are the prompt of an on-policy student. None: all tokens
-    before the first target, or the whole row if there are none.
+    before the first target, or the whole row if there are none. `images`: tensors beside the ids.
     """
 
     ids: Tensor
     targets: Tensor
     attention_mask: Tensor
     prompt: int | None = None
+    images: Mapping[str, Tensor] | None = None
 
     def truncate(self, length: int | None) -> EncodedExample:
         """Return the row cut to its first `length` attended tokens; padding does not count."""
@@ -54,7 +56,11 @@ class EncodedExample(NamedTuple):
         """Return the first `length` tokens, attended or not."""
         prompt = self.prompt if self.prompt is None else min(self.prompt, length)
         return EncodedExample(
-            self.ids[:length], self.targets[:length], self.attention_mask[:length], prompt
+            self.ids[:length],
+            self.targets[:length],
+            self.attention_mask[:length],
+            prompt,
+            self.images,
         )
 
     @property
@@ -76,7 +82,8 @@ class Encoder:
 
     - `input_ids`, and optionally `labels`, masks of the targets (`assistant_masks`, as chat
       templates return it, `completion_mask`), and `attention_mask`. Without labels or mask every
-      token is a target. With several of them a token must be a target in each.
+      token is a target. With several of them a token must be a target in each. A vision model
+      also reads pixel_values and the other tensors of its processor (images.py).
     - `messages`: a conversation, rendered by the tokenizer's chat template (with the example's
       `tools` and `chat_template_kwargs`, if any). Targets are the assistant turns.
     - `prompt` and `completion`: two texts, or two lists of messages. Targets are the completion,
@@ -98,6 +105,7 @@ class Encoder:
         chat_template: used instead of the tokenizer's: a path or the text of a template.
         template_tokens: False leaves out what the template writes before an answer, as an empty
             block of thinking.
+        images: what the student reads beside ids. Its placeholder tokens are no targets.
     """
 
     tokenizer: Any = None
@@ -105,6 +113,7 @@ class Encoder:
     max_length: int | None = None
     chat_template: str | Path | None = None
     template_tokens: bool = True
+    images: ImageInputs = field(default_factory=ImageInputs)
 
     def __post_init__(self) -> None:
         integer("max_length", self.max_length, 1, optional=True)
@@ -121,29 +130,44 @@ class Encoder:
             index, dataset: the position of the example in which dataset or batch, for errors. An
                 example of JsonLines names its line instead.
         """
-        return self.encode_uncut(example, index, dataset).truncate(self.max_length)
+        row = self.encode_uncut(example, index, dataset)
+        cut = row.truncate(self.max_length)
+        if row.images and self.images.is_placeholder(row.ids[len(cut.ids) :]).any():
+            hint = "raise it, set it to None, or leave the row out"
+            got = f"{self.max_length} in the middle of one (example {index})"
+            fail("max_length", "room for the images of a row", got, hint)
+        return cut
 
     def encode_uncut(
         self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
     ) -> EncodedExample:
         """Return the row of an example without cutting it."""
         try:
-            form, columns = check_columns(example)
+            form, columns = check_columns(example, self.images.columns)
             if form == "input_ids":
                 row = _from_ids(columns)
                 if "attention_mask" not in columns:
                     self._check_padding(row.ids, row.targets)
-                return row
-            return self._from_text(form, columns)
+            else:
+                row = self._from_text(form, columns)
+            return self._with_images(row, columns if form == "input_ids" else {})
         except (ValueError, TypeError) as error:
             place = getattr(example, "source", None)
             if place is None:
                 place = f"example {index}" + (f" of {dataset}" if dataset else "")
             raise type(error)(f"{error} ({place})") from None
 
+    def _with_images(self, row: EncodedExample, columns: Mapping[str, Any]) -> EncodedExample:
+        images = self.images.read(columns, row.ids)
+        if not images:
+            return row
+        is_text = ~self.images.is_placeholder(row.ids)
+        targets = torch.where(is_text, row.targets, IGNORE_INDEX)
+        return row._replace(targets=targets, images=images)
+
     def teacher_prompt(self, example: Mapping[str, Any]) -> Tensor | None:
         """Return the ids (P,) of `teacher_prompt`, up to the answer; None without the column."""
-        _, columns = check_columns(example)
+        _, columns = check_columns(example, self.images.columns)
         prompt = columns.get(TEACHER_PROMPT)
         if prompt is None:
             return None

@@ -16,7 +16,7 @@ answers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -138,13 +138,19 @@ class BatchedForward:
         fits = int(free * FREE_SHARE) // (VALUES_PER_TOKEN * item * max(self._hidden_size, 1))
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
-    def read(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(
+        self, rows: Rows, images: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (positions in the flattened batch (n,), their hidden states (n, H)) per group.
 
+        Rows with images, which are one tensor of the whole batch, run in one padded group.
         Raises ValueError for a row longer than the model's limit, before anything runs."""
         if self.row_limit is not None:
             for index, length in enumerate(rows.lengths):
                 self.row_limit.check(length, "input_ids", index)
+        if images:
+            yield rows.where, _with_images(self.model, rows, images)
+            return
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         varlen = self.packs and "flash" in str(attention)
         starts = [0, *accumulate(rows.lengths)]
@@ -155,12 +161,14 @@ class BatchedForward:
             run = _packed if self._packed_is_cheaper(lengths, varlen) else _padded
             yield rows.where[at], run(self.model, rows.tokens[at], lengths)
 
-    def hidden(self, rows: Rows) -> Tensor:  # (B, T, H), zero where nothing is attended
+    def hidden(
+        self, rows: Rows, images: Mapping[str, Tensor] | None = None
+    ) -> Tensor:  # (B, T, H), zero where nothing is attended
         """Return the hidden states of the whole batch, on the batch's device."""
         weight = head_of(self.model).weight
         out = weight.new_zeros(*rows.shape, weight.shape[1], device=rows.where.device)
         flat = out.flatten(0, 1)
-        for where, hidden in self.read(rows):
+        for where, hidden in self.read(rows, images):
             flat[where] = hidden.to(out)
         return out
 
@@ -199,6 +207,17 @@ def groups(
 def _packed(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
     positions = torch.cat([torch.arange(n) for n in lengths])
     return _forward(model, tokens[None], positions[None])[0]
+
+
+def _with_images(model: nn.Module, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
+    device = reading_device(model)
+    ids = rows.tokens.new_zeros(rows.attended.numel())
+    ids[rows.where] = rows.tokens
+    tensors = {name: tensor.to(device) for name, tensor in images.items()}
+    with evaluating(model):
+        mask = rows.attended.long().to(device)
+        hidden = hidden_states(model, ids.view(rows.shape).to(device), mask, **tensors)
+    return hidden.flatten(0, 1)[rows.where.to(hidden.device)]
 
 
 def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:

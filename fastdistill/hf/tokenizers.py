@@ -44,8 +44,17 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
     )
 
 
+def tokenizer_of(processing_class: Any) -> Any:
+    """Return the tokenizer of a processor, with the processor's chat template, or a tokenizer."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    template = getattr(processing_class, "chat_template", None)
+    if tokenizer is processing_class or not isinstance(template, str):
+        return tokenizer
+    return with_chat_template(tokenizer, template)
+
+
 def with_chat_template(tokenizer: Any, chat_template: str | Path | None) -> Any:
-    """Return a copy of a tokenizer with another chat template, or the tokenizer if that is None.
+    """Return a copy of a tokenizer or processor with another template, or itself if that is None.
 
     Args:
         chat_template: the Jinja text of a template, or the path of a file with it. A text with {{
@@ -71,4 +80,6 @@ def with_chat_template(tokenizer: Any, chat_template: str | Path | None) -> Any:
             )
     changed = copy.copy(tokenizer)
     changed.chat_template = text
+    if hasattr(changed, "tokenizer"):  # of a processor, which saves it, too
+        changed.tokenizer = with_chat_template(changed.tokenizer, chat_template)
     return changed

@@ -112,6 +112,7 @@ class Teacher:
         k: int,
         temperature: float = 1.0,
         where: Tensor | None = None,  # (B, T) bool
+        images: Mapping[str, Tensor] | None = None,
     ) -> TopK:  # [B, T, K]
         """Return the k likeliest next tokens at every attended position, and the exact log tail.
 
@@ -123,6 +124,8 @@ class Teacher:
             k: 1 ≤ k ≤ vocab. temperature: T of softmax(logits / T).
             where: bool [B, T], the positions to answer; the head is not computed at the others,
                 whose payload is empty. None answers wherever attention_mask is 1.
+            images: pixel_values and other tensors of a processor, of the whole batch. The batch
+                then runs in one forward pass, whatever tokens_per_batch is.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs fp32 (fp64 from fp64), log_tail
@@ -134,7 +137,12 @@ class Teacher:
         """
         checks.positive("temperature", temperature)
         return self.topk_at(
-            input_ids, attention_mask, k=k, temperatures=(temperature,), where=where
+            input_ids,
+            attention_mask,
+            k=k,
+            temperatures=(temperature,),
+            where=where,
+            images=images,
         )[0]
 
     @torch.no_grad()
@@ -146,6 +154,7 @@ class Teacher:
         k: int,
         temperatures: Sequence[float],
         where: Tensor | None = None,  # (B, T) bool
+        images: Mapping[str, Tensor] | None = None,
     ) -> list[TopK]:  # [B, T, K] each
         """Return `topk` at several temperatures, with one pass through layers and head."""
         rows = read_rows(input_ids, attention_mask, self.reader.vocab)
@@ -160,7 +169,7 @@ class Teacher:
         shape, device = (*input_ids.shape, k), input_ids.device
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         answers = [TopK.empty(shape, float(T), dtype=dtype, device=device) for T in temperatures]
-        for at, hidden in self.reader.read(rows):
+        for at, hidden in self.reader.read(rows, images):
             if where is not None:
                 selected = where.flatten()[at]
                 at, hidden = at[selected], hidden[selected.to(hidden.device)]
@@ -222,11 +231,13 @@ class Teacher:
         self,
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        images: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # (B, T, H), in the model's dtype
         """Return the hidden states at the head's input, for dense divergences with `head`.
 
         Batched as in `topk`, and zero where attention_mask is 0. Raises the same errors."""
-        return self.reader.hidden(read_rows(input_ids, attention_mask, self.reader.vocab))
+        return self.reader.hidden(read_rows(input_ids, attention_mask, self.reader.vocab), images)
 
     def fidelity(
         self,

@@ -100,11 +100,7 @@ def check_arguments(config: TrainingArguments) -> None:
         if value != expected and (value or expected):
             expected_text = "it to be unset" if expected in (None, []) else repr(expected)
             checks.fail(name, expected_text, repr(value), reason)
-    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
-        size = getattr(getattr(config, "parallelism_config", None), name, 1)
-        if size is not None and size > 1:
-            hint = f"{kind} parallelism splits each row over processes; the loss needs whole rows"
-            checks.fail("parallelism_config", f"{name}=1", size, hint)
+    check_whole_rows(getattr(config, "parallelism_config", None))
     _check_numbers(config)
     for name in ("num_train_epochs", "max_steps"):
         value = getattr(config, name)
@@ -123,6 +119,15 @@ def check_arguments(config: TrainingArguments) -> None:
             checks.fail("load_best_model_at_end", "False", True, hint)
         if _text(config.save_strategy) == "best":
             checks.fail("save_strategy", "'steps', 'epoch' or 'no'", "'best'", hint)
+
+
+def check_whole_rows(parallelism: Any) -> None:
+    """Raise ValueError for accelerate's context or sequence parallelism."""
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(parallelism, name, 1)
+        if size is not None and size > 1:
+            hint = f"{kind} parallelism splits each row over processes; the loss needs whole rows"
+            checks.fail("parallelism_config", f"{name}=1", size, hint)
 
 
 def _check_numbers(config: TrainingArguments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,16 @@ class SelfTeacher(Teacher):
         k: int,
         temperatures: Sequence[float],
         where: Tensor | None = None,  # (B, T) bool
+        images: Mapping[str, Tensor] | None = None,
     ) -> list[TopK]:  # [B, T, K] each
         with self._reading():
             return super().topk_at(
-                input_ids, attention_mask, k=k, temperatures=temperatures, where=where
+                input_ids,
+                attention_mask,
+                k=k,
+                temperatures=temperatures,
+                where=where,
+                images=images,
             )
 
     def logprobs_at(
@@ -140,9 +146,11 @@ class SelfTeacher(Teacher):
         self,
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        images: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # (B, T, H)
         with self._reading():
-            return super().hidden(input_ids, attention_mask)
+            return super().hidden(input_ids, attention_mask, images=images)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

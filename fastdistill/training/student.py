@@ -268,7 +268,7 @@ def check_packable(model: nn.Module) -> None:
 @contextmanager
 def student_at_head(
     model: nn.Module,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     targets: Targets,
     use: Callable[[Tensor, LMHead], Any],
     *,
@@ -290,6 +290,7 @@ def student_at_head(
         positions = mask.long().cumsum(-1) - 1
         sources = (attended.view(-1).long().cumsum(0) - 1)[sources]
         inputs = {"input_ids": ids[attended][None], "position_ids": positions[attended][None]}
+    inputs |= batch.get("images", {})  # none with packed rows
 
     def at_targets(hidden: Tensor) -> tuple[Tensor, LMHead]:
         check_positions(model, hidden, inputs["input_ids"])

@@ -19,7 +19,7 @@ class TeacherView(NamedTuple):
     input_ids: Tensor  # (B, T')
     attention_mask: Tensor  # (B, T')
     targets: Targets  # sources are positions in input_ids
-    options: dict[str, Any]  # more arguments of the teacher: `columns`
+    options: dict[str, Any]  # more arguments of the teacher: `columns`, `images`
 
     @property
     def labels(self) -> Tensor:
@@ -37,6 +37,8 @@ def teacher_view(teacher: Any, batch: Mapping[str, Any], targets: Targets) -> Te
     options: dict[str, Any] = {}
     if getattr(teacher, "columns", ()):
         options["columns"] = batch["columns"]
+    if "images" in batch:
+        options["images"] = batch["images"]
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if "teacher_prompt_ids" not in batch:
         return TeacherView(ids, mask, targets, options)

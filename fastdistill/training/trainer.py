@@ -23,16 +23,18 @@ from transformers.trainer_utils import has_length, seed_worker
 from ..hf.collator import DistillCollator
 from ..hf.encoder import Encoder
 from ..hf.generation import ends_of
+from ..hf.images import ImageInputs
 from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
-from ..hf.tokenizers import with_chat_template
+from ..hf.tokenizers import tokenizer_of, with_chat_template
 from ..losses.answer_checks import AnswerMonitor
 from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.open import open_teacher
-from .arguments import check_metric, check_sampling
+from .arguments import check_metric, check_sampling, check_whole_rows
 from .cached_answers import cache_lookup, check_cache_covers
 from .checkpoints import check_named_checkpoint
 from .checks.dataset import check_datasets, check_kinds, datasets_by_name
+from .checks.images import check_images, check_undivided, columns_with_images
 from .checks.lengths import check_lengths, row_limits
 from .checks.savable import check_savable
 from .checks.signal import check_teacher_matches_text, contexts_of
@@ -84,9 +86,10 @@ class DistillTrainer(WholeCheckpoints):
             trains on the labels alone with the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
-            completion, text, or input_ids (see hf/encoder.py).
-        processing_class: the student's tokenizer. It encodes text, and is compared with the
-            teacher's tokenizer.
+            completion, text, or input_ids (see hf/encoder.py). Rows of input_ids may have the
+            images of a vision model, as tensors of its processor.
+        processing_class: the student's tokenizer, or its processor. Its tokenizer encodes text, and
+            is compared with the teacher's tokenizer.
         peft_config: a PEFT configuration of adapters to add to the model.
         callbacks, optimizers: as in transformers.Trainer.
         loss: replaces Loss(args) in training, but not in evaluation:
@@ -140,11 +143,13 @@ class DistillTrainer(WholeCheckpoints):
         check_named_checkpoint(args.resume_from_checkpoint)
         student = prepare_student(model, args, peft_config)
         processing_class = with_chat_template(processing_class, args.chat_template)
+        tokenizer = tokenizer_of(processing_class)
         encoder = Encoder(
-            tokenizer=processing_class,
+            tokenizer=tokenizer,
             completion_only=args.completion_only_loss,
             max_length=args.max_length,
             template_tokens=args.train_on_template_tokens,
+            images=ImageInputs.of(without_adapters(student)),
         )
         is_self = isinstance(teacher, str) and teacher == "self"
         teacher = SelfTeacher() if is_self else open_teacher(teacher)
@@ -160,7 +165,7 @@ class DistillTrainer(WholeCheckpoints):
                 model=student,
                 args=args,
                 data_collator=DistillCollator(
-                    pad_id=getattr(processing_class, "pad_token_id", None) or 0,
+                    pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
                     encoder=encoder,
                     prompts=args.lmbda > 0,
                     more=cache_lookup(teacher, args),
@@ -175,6 +180,8 @@ class DistillTrainer(WholeCheckpoints):
                 compute_metrics=summarize,
                 compute_loss_func=_never_called,
             )
+        # `accelerate launch` sets it by variables that args do not have.
+        check_whole_rows(getattr(self.accelerator, "parallelism_config", None))
         # With partitioned weights, the head is verified at the first batch.
         self._needs_verification = True
         if not (self.is_fsdp_enabled or is_partitioned(self.model)):
@@ -188,7 +195,7 @@ class DistillTrainer(WholeCheckpoints):
         self._sampler = sampler
         self._measured = Loss(args, args.selection)
         self._loss = self._measured if loss is None else loss
-        resolved = resolve_teacher(teacher, self.model, args, processing_class)
+        resolved = resolve_teacher(teacher, self.model, args, tokenizer)
         check_sampling(args, train_dataset)
         check_metric(args, eval_dataset, has_teacher=teacher is not None)
         self.teacher = self._run_log.teacher = resolved.teacher
@@ -197,6 +204,7 @@ class DistillTrainer(WholeCheckpoints):
         self.data_collator: Any = replace(collator, limits=limits)
         if args.check_data:
             datasets = datasets_by_name(train_dataset, eval_dataset)
+            check_images(columns_with_images(encoder.images, datasets), self.teacher, args)
             check_cache_covers(teacher, encoder, datasets)
             check_lengths(datasets, encoder, limits, args)
         if args.torch_compile:  # after all checks that run the model
@@ -242,7 +250,7 @@ class DistillTrainer(WholeCheckpoints):
                 "config": self.args,
                 "step": step,
                 "pad_id": self.data_collator.pad_id,
-                "ends": ends_of(model, self.processing_class),
+                "ends": ends_of(model, tokenizer_of(self.processing_class)),
                 "vocab": self._valid_vocab,
                 "limits": self.data_collator.limits,
                 "sampler": self._sampler,
@@ -255,7 +263,7 @@ class DistillTrainer(WholeCheckpoints):
                 and self.processing_class is not None
                 and self.is_world_process_zero()
             ):
-                self._run_log.set_samples(excerpts(batches[0], self.processing_class))
+                self._run_log.set_samples(excerpts(batches[0], tokenizer_of(self.processing_class)))
             count = self._get_num_items_in_batch(batches, device)
             batches = [{**batch, "sampled": True} for batch in batches]
         return batches, count
@@ -292,6 +300,9 @@ class DistillTrainer(WholeCheckpoints):
 
     def _get_answers(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
         monitor, vocab = self._monitor, self._vocab
+        if "images" in inputs:
+            check_images(inputs["images"], self.teacher, self.args)
+            check_undivided(self.args, self.train_dataset)
         return get_answers(
             self.teacher, inputs, self.args, monitor=monitor, vocab=vocab, check=check
         )

@@ -228,6 +228,12 @@ def test_parts_that_are_no_text_are_refused_with_a_text_beside_them():
         encoder()({"messages": talk})
 
 
+@pytest.mark.parametrize("value", ["a.png", ["a.png"], [{"path": "a.png", "bytes": None}]])
+def test_paths_of_images_are_refused(value):
+    with pytest.raises(ValueError, match=r"images: expected only columns .* got the text 'a\.png'"):
+        encoder()(TEXT | {"images": value})
+
+
 def test_tools_may_be_json():
     tools = [{"type": "function", "function": {"name": "dog", "parameters": {}}}]
     template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + STOCK

@@ -57,7 +57,9 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
 
 def test_a_subclass_with_answers_of_its_own_is_asked_as_any_object(tmp_path):
     class Own(Teacher):
-        def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0, where=None):
+        def topk(
+            self, input_ids, attention_mask=None, *, k, temperature=1.0, where=None, images=None
+        ):
             assert where is None
             return super().topk(input_ids, attention_mask, k=k, temperature=temperature)
 

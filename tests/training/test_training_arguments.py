@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastdistill.training.arguments import HIGHER_IS_BETTER, LOWER_IS_BETTER, UNSUPPORTED
@@ -70,6 +72,18 @@ def test_what_is_refused_is_refused_by_name(tmp_path, name):
 def test_rows_in_parts_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"parallelism_config: expected {name}=1, got 2"):
         DistillConfig(str(tmp_path), parallelism_config=SimpleNamespace(**{name: 2}))
+
+
+def test_rows_in_parts_are_refused_if_the_launcher_splits_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    monkeypatch.setattr(ParallelismConfig, "get_device_mesh", lambda *_: None)
+    monkeypatch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match=r"parallelism_config: expected cp_size=1, got 2"):
+            build(tmp_path)
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_half_precision_needs_a_gpu(tmp_path):
