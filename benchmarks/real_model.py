@@ -4,7 +4,7 @@ Every student starts from the same weights and reads rows of the same prose and 
 seed is the order of the rows. The arms differ in their targets and divergence alone. "top-k KL"
 has `--steps` steps; labels and hard labels have as many and, in the same run, as many as take the
 same CPU time; on-policy training has as many as take the same CPU time. The time includes the
-teacher's answers to the rows of each step.
+teacher's answers to all rows, which are computed once and read in two passes.
 
     python -m benchmarks.real_model run --out out/real-model      # resumes; seed by seed
     python -m benchmarks.real_model table --out out/real-model    # also of an unfinished study
@@ -55,7 +55,6 @@ from fastdistill.runtime.json_text import read_json
 from .rows import RESULTS, current_commit, current_machine, current_versions
 
 PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "real-model.svg"
-REPEATS = 1  # answers of the teacher to each prompt
 HARD = replace(LABELS, name="hard labels", hard_labels=True)
 ON_POLICY = Arm(
     name="on-policy",
@@ -76,21 +75,22 @@ SAMPLED = replace(ON_POLICY, name="sampled", options={**ON_POLICY.options, "lmbd
 NOT_SAMPLED = replace(TOP_K, name="not sampled", teacher="model")
 FIGURES = ("nll", "kl", "agreement", "top1")
 KINDS = ("text", "chat")
-RATES = (1e-3, 2e-3, 5e-4)
+RATES = (5e-4, 1e-3, 2.5e-4)
 SWEPT = (TOP_K, LABELS)
+DRAWN = (TOP_K.name, LABELS.name)  # as curves
 SWEEP_STEPS = 16
 DEVELOPMENT_SEED = 900
 
 
 def steps_of(arm: Arm, steps: int, costs: dict[str, float]) -> list[int]:
     """Return the numbers of steps after which an arm is compared: at equal steps, at equal time."""
-    budget = steps * (costs[TOP_K.name] + costs["cache"])
+    budget = steps * costs[TOP_K.name] + costs["cache"]
     if arm.name == ON_POLICY.name:
         return [math.floor(2 * budget / (costs[SAMPLED.name] + costs[NOT_SAMPLED.name]))]
     if arm.name == LABELS.name:
         return [steps, steps_at_equal_time(steps, costs, arm.name, TOP_K.name)]
     if arm.name == HARD.name:
-        return [steps, math.floor(budget / (costs[arm.name] + costs["cache"]))]
+        return [steps, math.floor((budget - costs["cache"]) / costs[arm.name])]
     return [steps]
 
 
@@ -102,7 +102,7 @@ def plan(
     for seed in range(seeds):
         for arm in arms:
             ends = steps_of(arm, steps, costs)
-            curve = [steps * i // 4 for i in (1, 2, 3) if steps * i // 4 < max(ends)]
+            curve = [steps * i // 4 for i in (1, 2, 3)] if arm.name in DRAWN else []
             points = tuple(sorted({*curve, *ends}))
             runs.append(
                 StudentRun(setting=setting, arm=arm, seed=seed, steps=max(ends), points=points)
@@ -172,7 +172,7 @@ def _cells(prefix: str, estimate: Estimate | None) -> dict[str, Any]:
 
 def document(out: Path, steps: int, seeds: int) -> dict[str, Any]:
     """Return the results of the runs that are finished, with costs, samples and versions."""
-    setting = open_setting(out, repeats=REPEATS)
+    setting = open_setting(out, steps=steps)
     costs = measure_costs(setting, (), out, rounds=1)
     arms = with_rates(ARMS, read_json(out / "rates.json", dict))
     runs = [run for run in plan(setting, arms, steps, seeds, costs) if run.is_done(out)]
@@ -211,7 +211,7 @@ def document(out: Path, steps: int, seeds: int) -> dict[str, Any]:
 
 def run(out: Path, steps: int, seeds: int) -> None:
     """Run what is not finished, seed by seed, and print the table after every run."""
-    setting = open_setting(out, repeats=REPEATS)
+    setting = open_setting(out, steps=steps)
     timed = (*(arm for arm in ARMS if arm is not ON_POLICY), SAMPLED, NOT_SAMPLED)
     costs = measure_costs(setting, timed, out, rounds=2)
     rates = sweep(setting, out)
@@ -343,10 +343,8 @@ def seconds_of(arm: str, steps: int, result: dict[str, Any]) -> float:
     """Return the CPU seconds of a number of steps, with the teacher's answers."""
     costs = result["cpu_seconds"]
     if arm == ON_POLICY.name:
-        each: float = (costs[SAMPLED.name] + costs[NOT_SAMPLED.name]) / 2
-    else:
-        each = costs[arm] + (0.0 if arm == LABELS.name else costs["cache"])
-    return steps * each
+        return steps * float(costs[SAMPLED.name] + costs[NOT_SAMPLED.name]) / 2
+    return steps * float(costs[arm]) + (0.0 if arm == LABELS.name else float(costs["cache"]))
 
 
 def _cell(row: dict[str, Any], prefix: str = "") -> str:
@@ -362,7 +360,7 @@ def picture(result: dict[str, Any]) -> Figure:
     panels = []
     for kind, title in (("text", "Held-out prose"), ("chat", "Held-out chat answers")):
         curves = []
-        for arm in (TOP_K.name, LABELS.name):
+        for arm in DRAWN:
             rows = [
                 row
                 for row in result["table"]
@@ -409,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("verb", choices=("run", "table", "write"))
     parser.add_argument("--out", type=Path, default=Path("out/real-model"))
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()

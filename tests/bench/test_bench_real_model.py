@@ -6,13 +6,16 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import real_model
+from benchmarks import real_model, student_layers
 from benchmarks.real_model import ARMS, ON_POLICY
 from fastdistill.alignment.experiment.demo.smollm2.runs import LABELS, TOP_K
+from fastdistill.alignment.experiment.demo.smollm2.setting import has_fast_bf16
 from fastdistill.runtime.json_text import read_json
 
-COSTS = {arm.name: 3.0 for arm in ARMS} | {"cache": 1.0, "labels": 2.0}
+COSTS = {arm.name: 3.0 for arm in ARMS} | {"cache": 4.0, "labels": 2.0}
 COSTS |= {"sampled": 7.0, "not sampled": 5.0}
 
 
@@ -90,3 +93,24 @@ def test_the_results_are_written_with_their_picture(result, tmp_path):
     assert (tmp_path / "real_model.png").stat().st_size > 1000
     texts = re.findall(r">([^<]+)</text>", drawing.read_text("utf-8"))
     assert {"Held-out prose", "Held-out chat answers", "top-k KL", "labels"} <= set(texts)
+
+
+def test_the_student_keeps_the_layers_that_matter_most():
+    worth = {0: 0.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
+    keep = student_layers.remove_layers(lambda keep: -sum(worth[i] for i in keep), list(worth), 3)
+    assert keep == [0, 1, 4]  # the first one stays
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    ids = torch.arange(8).view(2, 4)
+    loss = student_layers.loss_of_layers(model, ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+        assert loss([0, 1]) == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-3)
+    assert loss([0]) != loss([0, 1])

@@ -52,7 +52,7 @@ def comparison(gap: float, seeds: int = 2) -> Comparison:
         start=measured,
         teacher=measured,
         samples={"<b>Why?</b>": {"teacher": "So.", "top-k KL": "So", "labels": "", "before": "x"}},
-        costs={"top-k KL": 2.0, "labels": 2.0, "cache": 1.0},
+        costs={"top-k KL": 2.0, "labels": 2.0, "cache": 2.0},
         facts={
             "command": "fastdistill demo --model smollm2",
             "versions": {"torch": "2"},
@@ -89,7 +89,7 @@ def test_the_report_leads_with_its_picture_and_escapes_text():
 
 
 def test_equal_time_includes_the_answers_of_the_teacher():
-    costs = {"top-k KL": 2.0, "labels": 1.5, "cache": 1.0}
+    costs = {"top-k KL": 2.0, "labels": 1.5, "cache": 10.0}
     steps = steps_at_equal_time(10, costs, of="labels", like="top-k KL")
     assert steps == 20
     assert seconds_of(costs, "labels", steps) == seconds_of(costs, "top-k KL", 10)
@@ -107,7 +107,6 @@ def test_a_student_computes_with_the_layers_it_copied():
             tie_word_embeddings=True,
         )
     )
-    assert models.evenly_spaced(3, of=4) == [0, 2, 3]
     student = models.cut_student(whole, [0, 3])
     ids = torch.tensor([[1, 2, 3]])
     whole.model.layers[1].forward = whole.model.layers[2].forward = lambda x, **_: x
@@ -165,7 +164,7 @@ def test_a_miniature_of_the_demo(tmp_path, monkeypatch):
     assert last < first == result.start["text"]["kl"]  # the rate of the first step is 0
     assert result.teacher["text"]["kl"] < 0.01
     assert set(result.samples) == {"Who?"}
-    assert len(models.first_student(models.teacher_file()).model.layers) == models.LAYERS
+    assert len(models.first_student(models.teacher_file()).model.layers) == len(models.LAYERS)
     assert "<svg" in (tmp_path / "report.html").read_text("utf-8")
     assert (tmp_path / "student" / "model.safetensors").is_file()
     assert len(list((tmp_path / "runs").iterdir())) == 2  # a later call reads these

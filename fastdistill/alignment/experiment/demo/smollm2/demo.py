@@ -16,7 +16,7 @@ from .....runtime.backend import versions
 from .....runtime.checks import integer
 from .....runtime.intervals import Estimate, mean_of_runs, paired_difference
 from .....training.progress import PhaseProgress
-from .models import LAYERS, evenly_spaced, first_student, teacher_file
+from .models import LAYERS, first_student, teacher_file
 from .runs import BATCH, LABELS, TOP_K, K, Setting, StudentRun, measure, samples
 from .setting import measure_costs, open_setting, steps_at_equal_time
 
@@ -32,7 +32,7 @@ class Comparison:
         records: of the runs, as StudentRun.compute returns them.
         start, teacher: measurements of the student before training and of the teacher.
         samples: greedy answers by prompt and model.
-        costs: CPU seconds of a step of each arm, and of the teacher's answers to its rows.
+        costs: CPU seconds of a step of each arm, and of the teacher's answers to all rows.
     """
 
     steps: int
@@ -125,7 +125,7 @@ def run_comparison(*, out: str | Path, seeds: int = 2, steps: int = 32) -> Compa
     check_folder("out", folder)
     teacher_file()  # raises before anything is loaded
     began = time.perf_counter()
-    setting = open_setting(folder, repeats=1)
+    setting = open_setting(folder, steps=steps)
     costs = measure_costs(setting, (TOP_K, LABELS), folder, rounds=1)
     equal_time = max(steps, steps_at_equal_time(steps, costs, LABELS.name, TOP_K.name))
     student = first_student(setting.file)
@@ -201,7 +201,7 @@ def _facts(setting: Setting, seeds: int, steps: int, equal_time: int) -> dict[st
         "rows_per_step": BATCH,
         "k": K,
         "learning_rate": TOP_K.learning_rate,
-        "layers": evenly_spaced(LAYERS, of=setting.teacher.model.config.num_hidden_layers),
+        "layers": LAYERS,
         "bf16": setting.bf16,
         "train_rows": len(setting.rows.train),
         "held_out_rows": {kind: len(rows) for kind, rows in held_out.items()},
@@ -209,5 +209,5 @@ def _facts(setting: Setting, seeds: int, steps: int, equal_time: int) -> dict[st
 
 
 def seconds_of(costs: dict[str, float], arm: str, steps: int) -> float:
-    """Return the CPU seconds of the steps of an arm, with the teacher's answers to their rows."""
-    return steps * (costs[arm] + (costs["cache"] if arm == TOP_K.name else 0.0))
+    """Return the CPU seconds of the steps of an arm, with the teacher's answers to the rows."""
+    return steps * costs[arm] + (costs["cache"] if arm == TOP_K.name else 0.0)

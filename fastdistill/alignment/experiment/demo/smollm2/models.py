@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .....quant.loading import load_expanded
-from .....runtime.checks import fail
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYERS = 12  # of the student
+# Of the student: what remains when the layer whose removal raises the loss least is removed, one
+# at a time (SLEB, Song et al., ICML 2024). `python -m benchmarks.student_layers` selects them.
+LAYERS = (0, 1, 2, 8, 9, 11, 20, 21, 24, 27, 28, 29)
 
 
 def teacher_file() -> Path:
@@ -34,16 +35,6 @@ def teacher_file() -> Path:
     return path
 
 
-def evenly_spaced(n: int, of: int) -> list[int]:
-    """Return n of the layers 0 … of − 1, the first and the last among them.
-
-    evenly_spaced(4, of=10) -> [0, 3, 6, 9]
-    """
-    if not 2 <= n <= of:
-        fail("n", f"2 to {of} layers", n)
-    return [round(i * (of - 1) / (n - 1)) for i in range(n)]
-
-
 def cut_student(whole: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """Return a model made of copies of these layers, the embedding, the norm and the head."""
     config = copy.deepcopy(whole.config)
@@ -60,5 +51,4 @@ def cut_student(whole: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 def first_student(file: Path) -> PreTrainedModel:
     """Return the student before its training, in fp32, from a teacher's file."""
-    whole = load_expanded(file, dtype=torch.float32)
-    return cut_student(whole, evenly_spaced(LAYERS, of=whole.config.num_hidden_layers))
+    return cut_student(load_expanded(file, dtype=torch.float32), LAYERS)

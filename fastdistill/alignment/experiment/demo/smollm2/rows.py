@@ -30,7 +30,7 @@ from ..corpus import Document, document_windows, is_held_out, packed_windows
 
 WINDOW = 128
 ANSWER = 64  # tokens of an answer at most
-TEXT_PER_CHAT = 5  # windows of text for each chat to train on
+TEXT_PER_CHAT = 2  # windows of text for each chat to train on
 HELD_OUT_EVERY = 4  # prompts
 WINDOWS_PER_TOPIC = 3  # held out
 PROMPTS_AT_ONCE = 24
@@ -88,10 +88,8 @@ def prompt_row(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Row:
     return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
 
 
-def answer_prompts(
-    teacher: Teacher, questions: list[str], path: Path, *, repeats: int
-) -> list[Answer]:
-    """Return sampled answers of the teacher, `repeats` to each prompt, stored at `path`.
+def answer_prompts(teacher: Teacher, questions: list[str], path: Path, n: int) -> list[Answer]:
+    """Return n sampled answers of the teacher, to one prompt after the other, stored at `path`.
 
     They are samples at temperature 1 from the whole vocabulary, at most ANSWER tokens long, so that
     the cross entropy of their tokens and KL(teacher ‖ student) have the same minimum. A file of
@@ -104,18 +102,15 @@ def answer_prompts(
     collate = DistillCollator(pad_id=tokenizer.pad_token_id, prompts=True)
     config = DistillConfig(str(path.parent), max_new_tokens=ANSWER, use_cpu=True, report_to=[])
     answers: list[Answer] = []
-    batches = [
-        (repeat, questions[i : i + PROMPTS_AT_ONCE])
-        for repeat in range(repeats)
-        for i in range(0, len(questions), PROMPTS_AT_ONCE)
-    ]
-    for repeat, batch in track(batches, "the teacher's answers"):
+    wanted = [questions[i % len(questions)] for i in range(n)]
+    batches = [wanted[i : i + PROMPTS_AT_ONCE] for i in range(0, n, PROMPTS_AT_ONCE)]
+    for step, batch in enumerate(track(batches, "the teacher's answers")):
         rows = [prompt_row(tokenizer, prompt) for prompt in batch]
         sampled = sample(
             teacher.model,
             collate(rows),
             config=config,
-            step=repeat,
+            step=step,
             pad_id=tokenizer.pad_token_id,
             ends=ends_of(teacher.model, tokenizer),
             vocab=None,
@@ -124,30 +119,28 @@ def answer_prompts(
         for prompt, row, ids, mask in zip(
             batch, rows, sampled["input_ids"], sampled["attention_mask"], strict=True
         ):
-            tokens, n = ids[mask != 0].tolist(), len(row["input_ids"])
-            text = tokenizer.decode(tokens[n:], skip_special_tokens=True)
-            answers.append(Answer(prompt, text, tokens, n))
+            tokens, start = ids[mask != 0].tolist(), len(row["input_ids"])
+            text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            answers.append(Answer(prompt, text, tokens, start))
     lines = (json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in answers)
     write_atomically(path, "".join(lines))
     return answers
 
 
-def make_rows(teacher: Teacher, folder: Path, *, repeats: int) -> Rows:
-    """Return all rows; the teacher's answers are stored in `folder`.
-
-    Of the prompts to train on, each is answered `repeats` times.
-    """
+def make_rows(teacher: Teacher, folder: Path, n: int) -> Rows:
+    """Return n rows to train on and all held-out rows; the answers are stored in `folder`."""
     questions, held_out_prompts = prompts()
-    train_answers = answer_prompts(teacher, questions, folder / "answers.jsonl", repeats=repeats)
+    chats = max(1, n // (1 + TEXT_PER_CHAT))
+    train_answers = answer_prompts(teacher, questions, folder / f"answers-{chats}.jsonl", chats)
     held_out_answers = answer_prompts(
-        teacher, held_out_prompts, folder / "held-out-answers.jsonl", repeats=1
+        teacher, held_out_prompts, folder / "held-out-answers.jsonl", len(held_out_prompts)
     )
     train_topics, held_out_topics = topics()
     windows = packed_windows(
         train_topics,
         teacher.tokenizer,
         length=WINDOW,
-        max_windows=TEXT_PER_CHAT * len(train_answers),
+        max_windows=n - chats,
     )
     held_out_windows = document_windows(
         held_out_topics, teacher.tokenizer, length=WINDOW, per_document=WINDOWS_PER_TOPIC

@@ -17,27 +17,29 @@ from .....runtime.progress import track
 from .....teachers.cache import TeacherCache
 from .....teachers.local import load_teacher
 from .models import first_student, teacher_file
-from .rows import Row, make_rows
+from .rows import make_rows
 from .runs import BATCH, Arm, K, Setting, StudentRun, Watch, train
 
 COST_STEPS = 4  # of which the first does not count
 COST_ROWS = 16
+PASSES = 2  # over the rows, of a student with top-k KL
 
 
-def open_setting(folder: Path, *, repeats: int) -> Setting:
+def open_setting(folder: Path, *, steps: int) -> Setting:
     """Return the setting in a folder; answers and caches that exist there are read.
 
-    `repeats` is the number of the teacher's answers to each prompt.
+    There are as many rows to train on as `steps` steps read in PASSES passes.
     """
+    n = math.ceil(steps * BATCH / PASSES)
     file = teacher_file()
     teacher = load_teacher(file, device="cpu")
-    rows = make_rows(teacher, folder, repeats=repeats)
+    rows = make_rows(teacher, folder, n)
     held_out = [row for part in rows.held_out.values() for row in part]
     return Setting(
         file,
         teacher,
         rows,
-        TeacherCache.build(teacher, rows.train, folder / "cache", k=K),
+        TeacherCache.build(teacher, rows.train, folder / f"cache-of-{n}", k=K),
         TeacherCache.build(teacher, held_out, folder / "held-out-cache", k=K),
         bf16=has_fast_bf16(),
     )
@@ -51,7 +53,7 @@ def has_fast_bf16() -> bool:
 def measure_costs(
     setting: Setting, arms: Sequence[Arm], folder: Path, *, rounds: int
 ) -> dict[str, float]:
-    """Return CPU seconds: of a step of each arm, and of caching the answers to a step's rows.
+    """Return CPU seconds: of a step of each arm, and of caching the answers to all rows.
 
     The arms take turns in one process, and each cost is the median of its rounds, so that other
     work on the machine changes all of them alike. They are stored in costs.json, and read again.
@@ -65,9 +67,7 @@ def measure_costs(
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as temporary:
         for turn, arm in enumerate(track(turns, "the cost of a step")):
             if arm is None:
-                rows = setting.rows.train
-                rows = rows[:: max(1, len(rows) // COST_ROWS)][:COST_ROWS]
-                seconds["cache"].append(_cache_seconds(setting, rows, Path(temporary, str(turn))))
+                seconds["cache"].append(_cache_seconds(setting, Path(temporary, str(turn))))
                 continue
             run = StudentRun(setting=setting, arm=arm, seed=0, steps=COST_STEPS)
             watch = Watch(setting, frozenset())
@@ -79,12 +79,15 @@ def measure_costs(
     return costs
 
 
-def _cache_seconds(setting: Setting, rows: list[Row], folder: Path) -> float:
+def _cache_seconds(setting: Setting, folder: Path) -> float:
+    """Return the CPU seconds of caching all rows, from a sample of them."""
+    rows = setting.rows.train
+    some = rows[:: max(1, len(rows) // COST_ROWS)][:COST_ROWS]
     start = time.process_time()
-    TeacherCache.build(setting.teacher, rows, folder, k=K)
-    return (time.process_time() - start) * BATCH / len(rows)
+    TeacherCache.build(setting.teacher, some, folder, k=K)
+    return (time.process_time() - start) * len(rows) / len(some)
 
 
 def steps_at_equal_time(steps: int, costs: dict[str, float], of: str, like: str) -> int:
-    """Return how many steps of one arm cost as much as `steps` of another and their cache."""
-    return math.floor(steps * (costs[like] + costs["cache"]) / costs[of])
+    """Return how many steps of one arm cost as much as `steps` of another and the cache."""
+    return math.floor((steps * costs[like] + costs["cache"]) / costs[of])
