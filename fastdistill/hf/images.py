@@ -74,7 +74,7 @@ class ImageInputs:
     def check(self, ids: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless each kind of tensors and its placeholder come together."""
         if (names := tensors.keys() - {TOKEN_TYPES}) and not names & set(_PIXELS.values()):
-            fail(min(names), " or ".join(_PIXELS.values()) + " beside it", "neither")
+            fail(min(names), "pixel_values or pixel_values_videos beside it", "neither")
         for kind, token in self.placeholders.items():
             pixels, place = _PIXELS.get(kind), f"the {kind} token (id {token})"
             has_token = bool((ids == token).any())
