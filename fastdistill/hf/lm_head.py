@@ -115,12 +115,14 @@ def at_head(
     model: nn.Module,
     use: Callable[..., Any],
     arguments: Callable[[Tensor], tuple[Any, ...]] = lambda hidden: (hidden,),
+    finish: Callable[[Any, Any], Any] = lambda result, output: result,
 ) -> Iterator[None]:
     """Make `model(...)` return use(*arguments(hidden)) instead of its output, in this context.
 
     `use` runs inside the model's forward, where the wrapper (DDP, FSDP, ZeRO) has made the head's
     parameters available. Its result (tensors, or tuples and dicts of them) becomes the model's
     output, where wrappers look for the tensors to differentiate. The model is unchanged afterwards.
+    `finish(result, output)` returns the result with what it takes from the model's own output.
     """
     head, capture = head_module(model), _Capture()
 
@@ -137,6 +139,7 @@ def at_head(
                 f"model: expected {type(model).__name__} to call its output head once per forward, "
                 f"it called it {capture.calls} times"
             )
+        capture.result = finish(capture.result, output)
         return capture.result
 
     def after_wrappers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -24,6 +24,7 @@ from ..hf.source import is_adapter
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from .config import DistillConfig
+from .router_loss import router_coefficient, warn_without_router_loss
 from .targets import Targets
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,7 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
             "model: expected weights that stay in memory during training, got weights offloaded by "
             "accelerate. Load the student without device_map"
         )
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise ValueError(
-            "model: expected config.output_router_logits=False, got True: the loss is "
-            "computed at the output head, so the router's loss would be dropped"
-        )
+    router_coefficient(model)  # raises without one
     head_of(model)  # raises for an adapted or quantized head
     _keep_differentiable(model)
     if peft_config is not None:
@@ -99,6 +96,8 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
             # Reentrant checkpoints need an input that requires a gradient.
             model.enable_input_require_grads()
     _warn_of_16_bits(model)
+    if not is_adapted(model):
+        warn_without_router_loss(model)
     prepared: nn.Module = model
     return prepared
 
@@ -274,6 +273,7 @@ def student_at_head(
     *,
     packed: bool = False,
     valid_vocab: int | None = None,
+    finish: Callable[[Any, Any], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Make the student return use(hidden states at the targets [N, H], head), in this context.
 
@@ -282,6 +282,7 @@ def student_at_head(
             (DDP, FSDP).
         packed: run the attended tokens in one row [1, Σ lengths], with positions that restart.
         valid_vocab: the head's rows from this one on are padding.
+        finish: as of at_head, for a mixture whose router's loss is computed.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs, sources = {"input_ids": ids, "attention_mask": mask}, targets.sources
@@ -291,6 +292,9 @@ def student_at_head(
         sources = (attended.view(-1).long().cumsum(0) - 1)[sources]
         inputs = {"input_ids": ids[attended][None], "position_ids": positions[attended][None]}
     inputs |= batch.get("images", {})  # none with packed rows
+    options: dict[str, Any] = {} if finish is None else {"finish": finish}
+    if router_coefficient(without_adapters(model)) is not None:
+        inputs["output_router_logits"] = finish is not None
 
     def at_targets(hidden: Tensor) -> tuple[Tensor, LMHead]:
         check_positions(model, hidden, inputs["input_ids"])
@@ -300,5 +304,5 @@ def student_at_head(
         head = head_of(model)._replace(valid_vocab=valid_vocab)
         return rows if all_targets else rows[sources], head
 
-    with at_head(model, use, at_targets):
+    with at_head(model, use, at_targets, **options):
         yield {**inputs, "use_cache": False}

@@ -46,6 +46,7 @@ from .logs.run_log import RunLog
 from .loss import Answers, Loss, LossResult, ScoringAnswers, TeacherHidden
 from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
+from .router_loss import add_router_loss, router_coefficient
 from .samplers import Sampler
 from .self_teacher import FollowStudent, SelfTeacher
 from .student import (
@@ -283,7 +284,11 @@ class DistillTrainer(WholeCheckpoints):
         first_batch_left = self.model.training and self.panel is None and len(targets.labels) > 0
         if first_batch_left and answers is not None:
             use = partial(self._first_loss, use, targets, answers, inputs)
-        with self._at_head(model, inputs, targets, use) as student_inputs:
+        finish, student = None, without_adapters(self.accelerator.unwrap_model(model))
+        coefficient = router_coefficient(student) if self.model.training else None
+        if coefficient is not None:
+            finish = partial(add_router_loss, coefficient=coefficient, targets=len(targets.labels))
+        with self._at_head(model, inputs, targets, use, finish) as student_inputs:
             result: LossResult = model(**student_inputs)
         if self.model.training:
             self.add_metrics(result.sums)
@@ -313,6 +318,7 @@ class DistillTrainer(WholeCheckpoints):
         inputs: dict[str, Any],
         targets: Targets,
         use: Callable[[Tensor, LMHead], Any],
+        finish: Callable[[Any, Any], Any] | None = None,
     ) -> AbstractContextManager[dict[str, Any]]:
         if self._needs_verification:
             self._verify()
@@ -325,6 +331,7 @@ class DistillTrainer(WholeCheckpoints):
             use,
             packed=self.args.packing,
             valid_vocab=self._valid_vocab,
+            finish=finish,
         )
 
     def _first_loss(

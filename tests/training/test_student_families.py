@@ -98,9 +98,3 @@ def test_a_model_that_divides_before_its_head(tmp_path):
         nll = torch.nn.functional.cross_entropy(z, labels, ignore_index=-100, reduction="sum")
         total, count = total + nll.item(), count + int((labels != -100).sum())
     assert metrics["eval_nll"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_a_routers_own_loss_is_not_dropped_in_silence(tmp_path):
-    model = of_family("mixtral", output_router_logits=True)
-    with pytest.raises(ValueError, match=r"output_router_logits=False, got True"):
-        build(tmp_path, model=model)

@@ -1,0 +1,75 @@
+"""The load-balancing loss of a mixture of experts, which transformers adds to its own loss.
+
+    L = (Σ_m loss_m + c · n_m · aux_m) / Σ_m n_m
+
+over the micro-batches m of an update with n_m targets, c = router_aux_loss_coef. `aux_m` is the
+model's own aux_loss (Switch Transformers, eq. 4–6). With one micro-batch, c · aux is added.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from ..runtime import checks
+from .loss import LossResult
+
+logger = logging.getLogger(__name__)
+
+
+def router_coefficient(model: nn.Module) -> float | None:
+    """Return the weight of the student's router loss, or None if its configuration has it off.
+
+    Raises:
+        ValueError: output_router_logits is True, and there is no router_aux_loss_coef.
+    """
+    config: Any = getattr(model, "config", None)
+    parts = [config]
+    if hasattr(config, "get_text_config"):
+        parts.append(config.get_text_config())
+    if not any(getattr(part, "output_router_logits", False) for part in parts):
+        return None
+    coefficients = [getattr(part, "router_aux_loss_coef", None) for part in reversed(parts)]
+    coefficient = next((c for c in coefficients if c is not None), None)
+    if coefficient is None:
+        hint = "set it, or set output_router_logits=False to train without the router's loss"
+        checks.fail("model", "config.router_aux_loss_coef with output_router_logits", None, hint)
+    return float(coefficient)
+
+
+def warn_without_router_loss(model: nn.Module) -> None:
+    """Warn of a trained router whose loss the configuration has off."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "router_aux_loss_coef", None) and router_coefficient(model) is None:
+        logger.warning(
+            "The student is a mixture of experts, and is trained without its router's loss, which "
+            "balances the experts. model.config.output_router_logits = True adds it, with the "
+            "weight router_aux_loss_coef=%g.",
+            config.router_aux_loss_coef,
+        )
+
+
+def add_router_loss(
+    result: LossResult, output: Any, *, coefficient: float, targets: int
+) -> LossResult:
+    """Return a loss summed over `targets` with the router's loss of a model's output.
+
+    The sum `router_aux_loss` is logged: its mean is aux without the coefficient.
+    """
+    aux = getattr(output, "aux_loss", None)
+    if aux is None:
+        checks.fail(
+            "model",
+            "an output with aux_loss, since config.output_router_logits is True",
+            type(output).__name__,
+            "set it to False to train without the router's loss",
+        )
+    weighted = coefficient * targets * aux.to(result.loss)
+    logged = result.sums.get("selected", result.sums["tokens"])
+    sums = result.sums | {
+        "loss": result.sums["loss"] + weighted.detach().float(),
+        "router_aux_loss": aux.detach().float().to(logged) * logged,
+    }
+    return result._replace(loss=result.loss + weighted, sums=sums)
