@@ -8,6 +8,7 @@ from typing import Any
 from ..alignment.experiment import double_bind, leak_knobs
 from ..alignment.experiment.checkpoint_source import CheckpointSource
 from ..alignment.experiment.publish import publish
+from ..alignment.experiment.rules import RULES, Rule
 from ..alignment.experiment.source import Source
 from ..alignment.experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
 from ..alignment.experiment.world_source import WorldSource
@@ -21,16 +22,16 @@ from .run_study import execution_of
 from .verbs import DoubleBind, LeakKnobs
 
 STUDIES = {DoubleBind: double_bind.make_study, LeakKnobs: leak_knobs.make_study}
-PRESETS = {"quick": (2, 0), "full": (10, 4)}  # base seeds, development seeds
+DEVELOPMENT = {"quick": 0, "full": 4}  # development seeds
 RESERVE = 2  # seeds planned per seed reported: some organisms fail their gates
-# First base seed. "quick" uses development seeds, because its results may guide tuning.
-FIRST = {DoubleBind: {"quick": 900, "full": 1200}, LeakKnobs: {"quick": 900, "full": 1300}}
+# "quick" uses development seeds, because its results may guide tuning.
+QUICK = Rule(n=2, first_seed=900)
 
 
 def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     execution_of(options)
-    study, sources, development, n_reported = _planned(options)
-    sources = sources[:n_reported]
+    study, sources, development, rule = _planned(options)
+    sources = sources[: rule.n]
     # Development readings do not exist yet; only their number matters here.
     readings = dict.fromkeys(study.gate, (0.0,) * len(development))
     left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, readings))}
@@ -50,7 +51,8 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
 
 def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     execution = execution_of(options)
-    study, sources, development, n_reported = _planned(options)
+    study, sources, development, rule = _planned(options)
+    frozen = rule.as_json() if rule.first_seed >= FRESH else None
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
         table = run_study(
@@ -58,13 +60,15 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
             sources,
             development,
             options.out,
-            n_sources=n_reported,
+            n_sources=rule.n,
             student_seeds=options.student_seeds,
             execution=execution,
+            rule=frozen,
         )
-        result = publish(
-            study, table, options.out, _about(options, study, table, sources[0], development)
-        )
+        about = _about(options, study, table, sources[0], development)
+        if frozen is not None:
+            about["rule"] = frozen
+        result = publish(study, table, options.out, about)
     return {**result, "report": str(options.out / "report.html")}
 
 
@@ -84,13 +88,11 @@ def print_result(result: dict[str, Any]) -> None:
     say(f"Report: {result['report']}")
 
 
-def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:
-    """Return the study, its sources with a reserve, development sources, and how many to report."""
-    choice("preset", options.preset, PRESETS)
+def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], Rule]:
+    """Return the study, its sources with a reserve, development sources, and the rule."""
+    choice("preset", options.preset, DEVELOPMENT)
     integer("seeds", options.seeds, 1, optional=True)
     checkpoints, make = _checkpoint_source(options), STUDIES[type(options)]
-    fresh, tuned = PRESETS[options.preset]
-    fresh = options.seeds or fresh
     if checkpoints is not None:
         if options.seeds not in (None, 1):
             fail(
@@ -106,17 +108,24 @@ def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], in
             max_new_tokens=options.answer_tokens,
         )
         study = make(options.preset, n=checkpoints.prompts, training=training)
-        return _select_arms(study, options.arms), [checkpoints], [], 1
-    first = (
-        FIRST[type(options)][options.preset] if options.first_seed is None else options.first_seed
-    )
+        rule = Rule(n=1, first_seed=checkpoints.base_seed)
+        return _select_arms(study, options.arms), [checkpoints], [], rule
+    study = _select_arms(make(options.preset), options.arms)
+    rule = QUICK if options.preset == "quick" else RULES[study.name]
+    first = rule.first_seed if options.first_seed is None else options.first_seed
     if options.preset == "full":
         integer("first_seed", first, FRESH, hint="lower seeds are for development")
+    names = [arm.name for arm in study.arms]
+    rule = Rule(
+        n=options.seeds or rule.n,
+        first_seed=first,
+        claimed=tuple(name for name in rule.claimed if name in names),
+    )
     return (
-        _select_arms(make(options.preset), options.arms),
-        [WorldSource(seed=first + i) for i in range(RESERVE * fresh)],
-        [WorldSource(seed=i) for i in range(tuned)],
-        fresh,
+        study,
+        [WorldSource(seed=first + i) for i in range(RESERVE * rule.n)],
+        [WorldSource(seed=i) for i in range(DEVELOPMENT[options.preset])],
+        rule,
     )
 
 

@@ -102,7 +102,7 @@ class Experiment:
 
     DRY_RUN: ClassVar[bool] = True
 
-    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    preset: Annotated[str, "quick (minutes) or full (hours, on fresh seeds)."] = "quick"
     out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
     processes: Annotated[int | None, "Parallel runs [one per core]."] = None
     executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"

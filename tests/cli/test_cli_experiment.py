@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fastdistill.alignment.experiment import double_bind, leak_knobs
+from fastdistill.alignment.experiment.rules import Rule
 from fastdistill.cli import run_experiment
 from fastdistill.cli.verbs import DoubleBind
 from helpers.small_study import SmallSource, small_study
@@ -28,9 +29,9 @@ def test_a_plan_runs_nothing(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_full_has_ten_fresh_seeds_and_others_for_development(run):
+def test_full_has_the_fresh_seeds_of_its_rule_and_others_for_development(run):
     _, plan = planned(run, "--preset", "full")
-    assert plan["base_seeds"] == list(range(1200, 1210))
+    assert plan["base_seeds"] == list(range(1400, 1428))
     assert plan["development_seeds"] == [0, 1, 2, 3]
     assert set(double_bind.QUICK) < set(plan["arms"])
 
@@ -73,7 +74,7 @@ def test_what_cannot_be_run_is_said_at_once(run, arguments, words):
 @pytest.mark.slow
 def test_a_study_runs_from_the_command_line(run, monkeypatch, tmp_path):
     def small(options):
-        return small_study(), [SmallSource(seed=1001)], [], 1
+        return small_study(), [SmallSource(seed=1001)], [], Rule(n=1, first_seed=1001)
 
     monkeypatch.setattr(run_experiment, "_planned", small)
     argv = ("experiment", "double-bind", "--out", str(tmp_path), "--processes", "1")

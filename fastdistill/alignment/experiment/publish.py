@@ -26,6 +26,8 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
         title=study.title,
         about={"measured": study.measured, "limits": list(study.limits), **about},
         development=table.development,
+        reference=arms[0].name,
+        claimed=about.get("rule", {}).get("claimed", ()),
     )
     contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
     page = report.page()

@@ -19,6 +19,7 @@ from ..strategies.strategy import Strategy, Training
 from .executors import SERIAL, Execution, run_all
 from .job import SOURCES, Job
 from .prepare_models import build_models, select_seeds
+from .rules import freeze
 from .source import Source
 
 FRESH = 1000  # base seeds below it are development seeds
@@ -163,13 +164,17 @@ def run_study(
     n_sources: int | None = None,
     student_seeds: int = 1,
     execution: Execution = SERIAL,
+    rule: dict[str, Any] | None = None,
 ) -> Table:
     """Execute the missing runs and collect all results.
 
     Args:
+        rule: of verdicts, which must not change after the first run; None: an exploration.
         n_sources: number of sources to report: the first whose organisms pass their gates; the
             others are a reserve. None: all, without selection.
     """
+    if rule is not None:
+        freeze(rule, sources, folder, store=not execution.only_report)
     build_models(development, folder, execution, "development worlds")
     sources, refused = select_seeds(
         sources, len(sources) if n_sources is None else n_sources, folder, execution

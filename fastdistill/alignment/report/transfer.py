@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .validity import invalid_because, is_checked
 from .verdicts import outcome, verdict
 
 _REQUIRED = ("command", "config", "versions", "seeds")
-_OPTIONAL = ("machine", "commit", "measured", "limits")
+_OPTIONAL = ("machine", "commit", "measured", "limits", "rule")
 
 
 class TransferReport:
@@ -44,9 +45,12 @@ class TransferReport:
         validity: base seed -> gates of its organisms; other seeds are not gated.
         title: title of the page.
         about: `command`, `config`, `versions` and `seeds` as JSON values; optionally `machine`,
-            `commit`, `measured` (a sentence on quantities and models) and `limits` (sentences on
-            limitations).
+            `commit`, `measured` (a sentence on quantities and models), `limits` (sentences on
+            limitations) and `rule` (of verdicts, as JSON).
         development: scores of students with other base seeds, which set the audits' thresholds.
+        reference: the arm with which the others are compared, paired by base seed.
+        claimed: arms that may be certified, named before the experiment; empty: all. Their upper
+            bounds of τ are corrected for their number.
 
     Raises:
         ValueError: no students, two with the same arm and seeds, a control or a score of an unknown
@@ -65,6 +69,8 @@ class TransferReport:
         title: str = "What the students took over",
         about: Mapping[str, Any],
         development: Sequence[AuditScore] = (),
+        reference: str | None = None,
+        claimed: Sequence[str] = (),
     ) -> None:
         _check_students(students)
         _check_about(about)
@@ -79,6 +85,9 @@ class TransferReport:
                     f"{positive_control!r}, which is in null_arms too"
                 )
             self._roles[positive_control] = "positive control"
+        if reference is not None:
+            _check_arms("reference", [reference], names)
+        _check_arms("claimed", claimed, [name for name in names if name not in self._roles])
         _check_arms("audits", [score.arm for score in audits], names)
         _check_once("audits", audits, _identity)
         _check_scored(audits, students)
@@ -92,6 +101,7 @@ class TransferReport:
                 "students"
             )
         self._students, self._audits, self._development = students, audits, development
+        self._reference, self._claimed = reference, claimed
         self._validity, self._title, self._about = validity or {}, title, dict(about)
 
     @cached_property
@@ -100,7 +110,13 @@ class TransferReport:
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
-        return build_arms(self._students, self._roles, self.audit_rows)
+        return build_arms(
+            self._students,
+            self._roles,
+            self.audit_rows,
+            reference=self._reference,
+            claimed=self._claimed,
+        )
 
     @cached_property
     def invalid_because(self) -> list[str]:
@@ -130,7 +146,9 @@ class TransferReport:
         """Returns a row per arm; None for unknown values.
 
         `p_holm` is the two-sided p of τ = 0. `tau_matched` is τ where C first reaches .8, for arms
-        with checkpoints in which every student does.
+        with checkpoints in which every student does. `bound` is the corrected one-sided upper bound
+        of τ. `contrast` is τ minus that of the reference, and `contrast_p_holm` the p of no
+        difference.
         """
         return [
             flat_json(
@@ -142,6 +160,9 @@ class TransferReport:
                     "kappa": (arm.transfer.kappa or UNKNOWN).finite_value,
                     "n_seeds": arm.n,
                     "p_holm": arm.p,
+                    "bound": arm.bound if arm.bound is not None and isfinite(arm.bound) else None,
+                    "contrast": UNKNOWN if arm.contrast is None else arm.contrast.difference,
+                    "contrast_p_holm": None if arm.contrast is None else arm.contrast.p,
                     "outcome": outcome(arm, self.valid),
                     "verdict": verdict(arm, self.valid),
                 }
@@ -165,7 +186,8 @@ class TransferReport:
         """Returns the content of results.json."""
         arms = [{k: v for k, v in row.items() if k != "p_holm"} for row in self.table()]
         return {
-            **{key: self._about[key] for key in _REQUIRED},
+            **{key: self._about[key] for key in (*_REQUIRED, "rule") if key in self._about},
+            "reference": self._reference,
             "valid": self.valid,
             "checked": self.checked,
             "invalid_because": list(self.invalid_because),
@@ -175,7 +197,12 @@ class TransferReport:
 
     def page(self) -> Report:
         return transfer_page(
-            self._title, self.arms, self.invalid_because, self._students, self._about
+            self._title,
+            self.arms,
+            self.invalid_because,
+            self._students,
+            self._about,
+            self._reference,
         )
 
     def to_html(self, path: str | Path) -> Path:

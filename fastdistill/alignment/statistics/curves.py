@@ -17,9 +17,7 @@ from ...runtime.checks import fail
 from ...runtime.intervals import Estimate
 from .bootstrap import DEFAULT, Bootstrap
 from .readings import Reading, Student
-from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm
-
-ROUNDING = 1e-9  # tolerance: (.6 − .2)/.8 is .49999999999999994 and counts as .5
+from .transfer import ROUNDING, TAU, C, estimate, pair_ratio, sort_one_arm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,13 @@
-"""Tests of paired differences per base seed: t test, equivalence, Holm correction, power."""
+"""Tests of paired differences per base seed: t test, equivalence, Holm, bounds, power."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
 
 from ...runtime.checks import between, fail, integer, positive
 from ...runtime.intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
@@ -92,6 +95,50 @@ def minimum_detectable_effect(
             fail(name, "a number between 0 and 1", repr(value))
     t = student_t_quantile(1 - alpha / 2, n - 1) + student_t_quantile(power, n - 1)
     return t * spread / math.sqrt(n)
+
+
+def ratio_upper_bound(units: np.ndarray, alpha: float = 0.05) -> float:
+    """Returns the one-sided 1 − alpha upper bound of a ratio of means (Fieller, 1954).
+
+        the largest θ with θ·ȳ − x̄ ≤ t_{1−α} · s(x − θ·y) / √n,   n − 1 degrees of freedom
+
+    NaN for one unit, and where the denominator may be 0, because the ratio is then unbounded.
+
+    Args:
+        units: [n, 2], numerator x and denominator y per base seed.
+    """
+    n = len(units)
+    if n < 2:
+        return math.nan
+    (xx, xy), (_, yy) = np.cov(units.T) * student_t_quantile(1 - alpha, n - 1) ** 2 / n
+    x, y = units.mean(0)
+    square, half, constant = y * y - yy, x * y - xy, x * x - xx
+    if square <= 0 or y <= 0:
+        return math.nan
+    return float((half + math.sqrt(max(half * half - square * constant, 0.0))) / square)
+
+
+def certification_power(
+    spread: float, n: int, *, value: float = 0.0, margin: float = 0.1, alpha: float = 0.05
+) -> float:
+    """Returns the probability that the one-sided 1 − alpha upper bound of a mean is ≤ margin.
+
+        E Φ((margin − value) · √n / spread − t_{1−α} · s),   (n − 1) s² ~ χ²_{n−1}
+
+    The expectation is a mean over 4096 fixed draws of s, with an error below .005.
+
+    Args:
+        spread: standard deviation of the n normal values. value: their true mean.
+
+    Raises:
+        ValueError: spread ≤ 0, or n < 2.
+    """
+    positive("spread", spread)
+    integer("n", n, 2)
+    t, normal = student_t_quantile(1 - alpha, n - 1), NormalDist()
+    shift = (margin - value) * math.sqrt(n) / spread
+    scales = np.sqrt(np.random.default_rng(0).chisquare(n - 1, 4096) / (n - 1))
+    return math.fsum(normal.cdf(shift - t * s) for s in scales.tolist()) / len(scales)
 
 
 def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:

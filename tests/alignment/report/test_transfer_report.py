@@ -82,7 +82,7 @@ def test_results_have_the_keys_that_others_read(report, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {
         *("command", "config", "versions", "seeds", "valid", "checked", "invalid_because", "arms"),
-        "audits",
+        *("audits", "reference"),
     }
     assert {key: results[key] for key in ABOUT} == ABOUT
     assert all(set(row) == KEYS for row in results["arms"])

@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "null_arms: expected arms that students have (clean), got 'M to M'": {"null_arms": ["M to M"]},
     "null_arms: expected names of arms, got the text 'clean'; give a list": {"null_arms": "clean"},
+    "reference: expected arms that students have (clean), got 'M to M'": {"reference": "M to M"},
+    "claimed: expected arms that students have (clean), got 'copy'": {"claimed": ["copy"]},
     "positive_control: expected an arm outside null_arms, got 'clean'": {
         "positive_control": "clean",
         "null_arms": ["clean"],
@@ -47,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
         "development": scores("confession", "clean", shift=0, seeds=3, first=1),
     },
     "about: expected command, config, versions, seeds, and optionally machine, commit, measured, "
-    "limits, got command, config, versions": {"about": BARE},
+    "limits, rule, got command, config, versions": {"about": BARE},
     "got command, config, versions, seeds, comand": {"about": ABOUT | {"comand": ""}},
     "about: expected JSON values": {"about": ABOUT | {"config": {"lr": math.nan}}},
     "about: expected JSON values, got something else: Object of type set": {

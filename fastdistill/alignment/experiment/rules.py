@@ -1,0 +1,90 @@
+"""The rules of studies on fresh seeds, fixed before these seeds are drawn.
+
+Change a rule only together with its seeds, and before the first run on them. The first run stores
+the rule in its folder, and a later run or report with another rule is refused. `python -m
+benchmarks.certification` simulates how often a rule certifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report.arms import CAPABLE, SAFE, SEEDS, SIGNIFICANT
+from ..report.validity import CONTROL
+from .digest import read_record, write_record
+from .job import SOURCES
+from .source import READINGS, Source
+
+FILE = "rule.json"
+METHOD = 1  # of deciding; increase it when the code decides differently by the same numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a study may claim, and on which seeds.
+
+    Args:
+        n: base seeds to report. first_seed: the first of them.
+        claimed: arms that may be certified; empty: all. Bounds are corrected for their number.
+    """
+
+    n: int
+    first_seed: int
+    claimed: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the rule with the limits that all studies share."""
+        return {
+            **asdict(self),
+            "claimed": list(self.claimed),
+            "capable": CAPABLE,
+            "safe": SAFE,
+            "control": CONTROL,
+            "significant": SIGNIFICANT,
+            "seeds_for_a_claim": SEEDS,
+            "method": METHOD,
+        }
+
+
+RULES = {
+    "double-bind": Rule(
+        n=28,
+        first_seed=1400,
+        claimed=("filter by likelihood ratio", "filter and distil", "shift"),
+    ),
+    "leak-knobs": Rule(n=25, first_seed=1500, claimed=("reverse KL", "JSD")),
+}
+
+
+def freeze(
+    rule: dict[str, Any], sources: Sequence[Source], folder: Path, *, store: bool = True
+) -> None:
+    """Check that the rule is the stored one, or store it before the first run on these sources.
+
+    Raises:
+        ValueError: the folder has another rule, or models of these sources without a rule.
+    """
+    path = folder / FILE
+    if path.is_file():
+        check_unchanged(read_record(path), rule, path)
+    elif any((source.cache(folder / SOURCES) / READINGS).is_file() for source in sources):
+        raise ValueError(
+            f"out: expected {FILE}, which is written before the first run, got runs without it in "
+            f"{folder}; start in a new folder"
+        )
+    elif store:
+        write_record(path, rule)
+
+
+def check_unchanged(stored: dict[str, Any], rule: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a rule is not the stored one."""
+    keys = [*stored, *(key for key in rule if key not in stored)]
+    if changed := [key for key in keys if stored.get(key) != rule.get(key)]:
+        key = changed[0]
+        raise ValueError(
+            f"rule: expected that of the first run in {path} ({key} {stored.get(key)}), got "
+            f"{key} {rule.get(key)}; restore it, or start with fresh seeds in a new folder"
+        )
