@@ -28,6 +28,7 @@ STUDIES = {
     "gradient_error": "every divergence with bf16 operands against fp64",
     "tile_skipping": "what grad_filter_eps saves and costs",
     "quant_fidelity": "what each quantization does to a trained model",
+    "qad": "quantization-aware distillation against rounding once",
     "teacher_topk": "top-k answers of a whole teacher",
     "teacher_cache": "the cost of storing and reading a teacher's answers",
     "train_step": "a whole training step, and its memory",

@@ -1,4 +1,4 @@
-"""Quantized teachers: 4- and 8-bit weights, their layers, and checkpoint formats.
+"""Quantized models: 4- and 8-bit weights, their layers, and checkpoint formats.
 
 Names are imported lazily, on first use.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .fake import fake_quantize
     from .formats.detect import CheckpointError, is_quantized_checkpoint
     from .linear import Int8Linear, LUT4Linear
     from .loading import load_quantized
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "Int8Linear",
     "LUT4Linear",
+    "fake_quantize",
     "is_quantized_checkpoint",
     "load_quantized",
     "quantize_model",
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "CheckpointError": "formats.detect",
     "Int8Linear": "linear",
     "LUT4Linear": "linear",
+    "fake_quantize": "fake",
     "is_quantized_checkpoint": "formats.detect",
     "load_quantized": "loading",
     "quantize_model": "model",

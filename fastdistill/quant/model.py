@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..runtime import checks
 from .experts import ExpertStack, expert_parameters, is_transposed, put_experts
+from .fake import WEIGHT_SCHEMES, check_conversion, quantize_as
 from .linear import linear_of
 from .ops import COMPUTE, unsupported_reason
-from .schemes import SCHEMES, QuantWeight, quantize
+from .schemes import QuantWeight
 
 # Routers are small, and rounding there would change the experts of a token.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -108,7 +109,8 @@ def quantize_model(
 
     Args:
         model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
-        scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); schemes.py.
+        scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); schemes.py. Or
+            "nvfp4" (nvfp4.py). For a model of `fake_quantize` the scheme that it trained for.
         compute: "exact", "int8", "fp8" or "auto"; ops.py.
         skip: layers to exclude, by full name, last part of the name, or a parent's name.
 
@@ -117,18 +119,20 @@ def quantize_model(
 
     Raises:
         ValueError: an unknown scheme or compute, weights that are not finite, a layer shape that
-            `compute` does not support, or a model with nothing to quantize.
+            `compute` does not support, a model with nothing to quantize, or one that was trained
+            for another scheme or other layers.
     """
-    checks.choice("scheme", scheme, SCHEMES)
+    checks.choice("scheme", scheme, WEIGHT_SCHEMES)
     checks.choice("compute", compute, COMPUTE)
     if isinstance(skip, str):
         skip = (skip,)
     names = quantizable(model, skip)
+    check_conversion(model, scheme, names)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         try:
-            weight = quantize(rows_of(module, getattr(module, leaf)), scheme)
+            weight = quantize_as(rows_of(module, getattr(module, leaf)), scheme)
         except ValueError as error:
             raise ValueError(f"{name.removesuffix('.weight')}: {error}") from None
         put(model, name, weight, compute)

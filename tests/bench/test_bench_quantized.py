@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import data, quant_fidelity, quant_peers, quantized, teacher_topk
+from benchmarks import data, qad, quant_fidelity, quant_peers, quantized, teacher_topk
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Contender, GateError, Op, cases, gate
 from benchmarks.roofline import Rates
@@ -127,3 +127,14 @@ def test_fidelity_of_ours_is_that_of_bitsandbytes(monkeypatch):
     assert eight.kl is not None
     assert ours.kl is not None
     assert eight.kl < 0.3 * ours.kl
+
+
+@pytest.mark.slow
+def test_quantization_aware_distillation_lowers_the_kl_on_held_out_text(monkeypatch):
+    for name, value in (("SCHEMES", ("nvfp4",)), ("SEEDS", (0,)), ("STEPS", 6), ("BATCH", 4)):
+        monkeypatch.setattr(qad, name, value)
+    _, rounded, fall = qad.rows(replace(qad.SHAPE, N=32))
+    assert rounded.kl is not None
+    assert fall.kl_high is not None
+    assert 0.001 < rounded.kl < 0.02
+    assert fall.kl_high < 0
