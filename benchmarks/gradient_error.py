@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 import fastdistill as fd
-from fastdistill.kernels.divergences import NAMES
+from fastdistill.kernels.divergences import SEPARABLE
 from fastdistill.runtime.backend import resolve_impl
 
 from .data import device, topk_of
@@ -82,7 +82,7 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     for name, near in TEACHERS.items():
         lp = (4 * noise if near is None else z + near * noise).log_softmax(-1)
         teacher = topk_of(lp, shape.K)
-        for divergence in NAMES:
+        for divergence in SEPARABLE:
             wide = (hidden.double(), weight.double())
             truth = grads(*wide, teacher, "reference", divergence=divergence)
             for impl, work in _contenders(hidden, weight, teacher, divergence).items():

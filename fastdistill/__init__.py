@@ -13,6 +13,7 @@ from .runtime.version import __version__ as __version__
 if TYPE_CHECKING:
     from . import compat
     from .losses.dense import linear_distill_loss
+    from .losses.draft import dpace_weights
     from .losses.linear_head import linear_logprobs_at, linear_lse_gather, linear_topk
     from .losses.modules import LinearDistillLoss, TopKDistillLoss
     from .losses.scores import token_scores
@@ -48,6 +49,7 @@ __all__ = [
     "TopK",
     "TopKDistillLoss",
     "compat",
+    "dpace_weights",
     "linear_distill_loss",
     "linear_logprobs_at",
     "linear_lse_gather",
@@ -63,6 +65,7 @@ __all__ = [
 _NAMES_OF = {
     "teachers.cache": ("CacheError", "TeacherCache"),
     "losses.dense": ("linear_distill_loss",),
+    "losses.draft": ("dpace_weights",),
     "teachers.fidelity": ("FidelityReport",),
     "losses.topk": ("topk_distill", "topk_distill_loss"),
     "losses.modules": ("LinearDistillLoss", "TopKDistillLoss"),

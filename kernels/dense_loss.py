@@ -5,17 +5,20 @@
 
 The logits of both heads are stored in fp32 for one chunk of tokens. A first sweep sums φ and
 Ψ = Σψ; a second turns the student's logits into dz for both gradient GEMMs: 4NVH forward, 4NVH
-backward. A callable divergence gets whole rows, and ψ comes from autograd.
+backward. nla and lk_hybrid take two sweeps of sums. A callable divergence gets whole rows, and ψ
+comes from autograd. Ranks that hold the heads together sum their parts of all of these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import get_backend
+from .divergences import Combined, combine, cost_of_missing
 from .engines import Backend
 from .head import DenseRows, LMHead, blocks, dense_chunk_tokens, dw_type, needed, round_scaled
 from .op_common import full_precision, or_empty
@@ -36,12 +39,37 @@ class DenseLoss(NamedTuple):
     grad_scale: Tensor
 
 
+class DenseTeacher(NamedTuple):
+    """A teacher's head and hidden states [N, G].
+
+    missing_lse [N] is the log-sum-exp of its logits of tokens that the student lacks, or None if
+    they do not count.
+    """
+
+    head: LMHead
+    hidden: Tensor
+    missing_lse: Tensor | None = None
+
+
+class Ranks(NamedTuple):
+    """How the ranks of vocabulary-parallel heads share a pass; each holds the same rows of both.
+
+    lse and total reduce tensors [n] over the ranks, as log-sum-exps and as sums. slots maps ids to
+    the rows of this rank, −1 for those of others. chunk is the number of tokens that all ranks take
+    at once.
+    """
+
+    lse: Callable[[list[Tensor]], list[Tensor]]
+    total: Callable[[list[Tensor]], list[Tensor]]
+    slots: Callable[[Tensor], Tensor]
+    chunk: int
+
+
 def dense(
     backend: Backend,
     head: LMHead,
     hidden_NH: Tensor,
-    teacher_head: LMHead,
-    teacher_hidden_NG: Tensor,
+    teacher: DenseTeacher,
     label_N: Tensor | None,
     coef_N: Tensor,
     options: LossOptions,
@@ -50,14 +78,17 @@ def dense(
     need_weight: bool,
     need_bias: bool,
     device_type: str | None = None,
+    ranks: Ranks | None = None,
 ) -> DenseLoss:
     """Return Σ coef · ℓ, ℓ [N] and the gradients; label_N is negative without a label.
 
-    Chunks are chosen for `device_type`, "cpu" or "cuda": by default, that of the tensors.
+    Chunks are chosen for `device_type`, "cpu" or "cuda": by default, that of the tensors. With
+    `ranks`, dx is the part of this rank's rows, in fp32.
     """
+    teacher_head = teacher.head
     N = hidden_NH.shape[0]
     grad = need_hidden or need_weight or need_bias
-    chunk = dense_chunk_tokens(head, N, need_weight, device_type)
+    chunk = dense_chunk_tokens(head, N, need_weight, device_type) if ranks is None else ranks.chunk
     dx_NH = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
     dw = None
     if need_weight:
@@ -72,13 +103,25 @@ def dense(
     for at in blocks(N, chunk):
         x_nH, none = hidden_NH[at], no_ids[at]
         scanned = backend.scan(head, x_nH, none, base=True, buffer=buffers[0])
-        teacher_scanned = backend.scan(teacher_head, teacher_hidden_NG[at], none, buffer=buffers[1])
+        teacher_scanned = backend.scan(teacher_head, teacher.hidden[at], none, buffer=buffers[1])
         lse, teacher_lse = scanned.rest.lse(), teacher_scanned.rest.lse()
-        lse_base = lse if scanned.rest_base is None else scanned.rest_base.lse()
-        label = None if label_N is None else label_N[at]
-        D, total, u_label = backend.dense_sums(
-            head, teacher_head, buffers, lse, teacher_lse, label, options, grad=grad
-        )
+        lse_base = None if scanned.rest_base is None else scanned.rest_base.lse()
+        if ranks is not None:
+            lses = [lse, teacher_lse] + ([] if lse_base is None else [lse_base])
+            lse, teacher_lse, *bases = ranks.lse(lses)
+            lse_base = bases[0] if bases else None
+        lse_base = lse if lse_base is None else lse_base
+        missing = None
+        if teacher.missing_lse is not None:
+            teacher_lse = torch.logaddexp(teacher_lse, teacher.missing_lse[at])
+            missing = (teacher.missing_lse[at] - teacher_lse).exp()
+        label = held = None if label_N is None else label_N[at]
+        if ranks is not None and label is not None:
+            held = ranks.slots(label)
+        of, u_label = _Pass(
+            backend, head, teacher_head, buffers, lse, teacher_lse, missing, ranks, grad
+        ).divergence(held, options)
+        D, total = of.D, of.total
         loss = D * options.on_divergence
         on_lse = on_ce = None
         coef = coef_N[at]
@@ -94,6 +137,9 @@ def dense(
         per_token[at] = loss
         if not grad:
             continue
+        on_D = coef * options.on_divergence
+        if of.on_psi is not None:
+            on_D = on_D * of.on_psi
         backend.dense_grads(
             head,
             teacher_head,
@@ -103,13 +149,15 @@ def dense(
                 lse,
                 teacher_lse,
                 lse_base,
-                coef * options.on_divergence,
-                total * (coef * options.on_divergence),
+                on_D,
+                total * on_D,
                 on_lse,
                 on_ce,
-                label,
+                held,
+                of.psi_size,
+                of.w,
             ),
-            options,
+            options if callable(options.divergence) else options._replace(divergence=of.term),
             first=at.start == 0,
             dx=None if dx_NH is None else dx_NH[at],
             dw=dw,
@@ -119,10 +167,75 @@ def dense(
     if dw is not None:
         dw[head.vocab_size :] = 0
     dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
-    dx, on_dx = round_scaled(dx_NH, hidden_NH)
+    dx, on_dx = round_scaled(dx_NH, hidden_NH if ranks is None else coef_N)
     db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
     grad_scale = torch.stack([on_dx, on_dw, on_db])
     return DenseLoss((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)
+
+
+class _Pass(NamedTuple):
+    """One chunk of tokens, whose logits of both heads are stored."""
+
+    backend: Backend
+    head: LMHead
+    teacher_head: LMHead
+    buffers: tuple[Tensor, Tensor]
+    lse: Tensor
+    teacher_lse: Tensor
+    missing: Tensor | None  # [n], the teacher's mass on tokens that the student lacks
+    ranks: Ranks | None
+    grad: bool
+
+    def divergence(
+        self, label_n: Tensor | None, options: LossOptions
+    ) -> tuple[Combined, Tensor | None]:
+        """D with its Σψ, and the label's u [n]."""
+        name = options.divergence
+        if not options.is_combined:
+            D, total, u_label = self._sums(label_n, options, None, grad=self.grad)
+            return Combined(D, total, name if isinstance(name, str) else ""), u_label
+        assert isinstance(name, str)
+        u: list[Tensor | None] = []
+
+        def sums(term: str, w_n: Tensor | None) -> tuple[Tensor, Tensor]:
+            # ψ of the last term overwrites the teacher's logits.
+            grad = self.grad and term != "tvd"
+            of_term = options._replace(divergence=term)
+            D, total, u_label = self._sums(None if u else label_n, of_term, w_n, grad=grad)
+            u.append(u_label)
+            return D, total
+
+        return combine(name, options.eta, sums), u[0]
+
+    def _sums(
+        self, label_n: Tensor | None, options: LossOptions, w_n: Tensor | None, *, grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.head.vocab_size:
+            D, total, u_label = self.backend.dense_sums(
+                self.head,
+                self.teacher_head,
+                self.buffers,
+                self.lse,
+                self.teacher_lse,
+                label_n,
+                options,
+                grad=grad,
+                w_n=w_n,
+            )
+        else:  # a rank without real tokens
+            D = total = torch.zeros_like(self.lse)
+            u_label = None if label_n is None else D
+        if self.ranks is not None:
+            parts = [D, total]
+            if label_n is not None and u_label is not None:
+                parts.append(u_label.masked_fill(label_n < 0, 0.0))
+            D, total, *u = self.ranks.total(parts)
+            u_label = u[0] if u else None
+        if self.missing is not None and isinstance(options.divergence, str):
+            cost = cost_of_missing(options.divergence, options.beta, options.skew)
+            assert cost is not None
+            D = D + cost * self.missing
+        return D, total, u_label
 
 
 def dense_loss(
@@ -134,6 +247,7 @@ def dense_loss(
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
+    missing_lse: Tensor | None,
     **scalars: Any,
 ) -> tuple[Tensor, ...]:
     """fastdistill::dense_loss: `dense` of a named divergence; its schema is in op_dense.py."""
@@ -149,8 +263,7 @@ def dense_loss(
             get_backend(scalars["impl"]),
             head,
             hidden,
-            teacher,
-            teacher_hidden,
+            DenseTeacher(teacher, teacher_hidden, missing_lse),
             labels,
             coef,
             LossOptions.of(scalars),

@@ -1,7 +1,7 @@
 """Separable divergences D = Σ_v φ(log p_v, log q_v) and the location of their minima.
 
-Each is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and its terms outside the K ids.
-`outside` = f(0) is the cost per unit of student mass where the teacher is zero
+Each of SEPARABLE is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and its terms outside the
+K ids. `outside` = f(0) is the cost per unit of student mass where the teacher is zero
 (Σ_S q f(p/q) + f(0) · (1 − Σ_S q)), for tail="renorm_teacher"; None if f(0) is infinite.
 `on_ids` · (p − q) is added to φ on the K ids for tail="truncate", so that every term has its
 minimum 0 at q = p: Σ_S φ alone has that minimum only if both sides sum to 1. The squared Hellinger
@@ -19,12 +19,24 @@ distance 1 − Σ√(pq) is computed as ½Σ(√p − √q)², which does not ca
     with m = βp + (1−β)q. JSD in the convention of GKD (Agarwal et al., arXiv 2306.13649), skewed
     divergences of DistiLLM (Ko et al., arXiv 2402.03898), where their α is 1 − skew for the mix.
 
+Two losses of draft models are functions of the acceptance rate α = Σ_v min(p_v, q_v) = 1 − TV of
+a token (Samarin et al., LK losses, arXiv 2602.23881). They take sums first, and a gradient after:
+
+    nla        −log α
+    lk_hybrid  λ KL(p‖q) + (1 − λ) TV,  λ = exp(−η α), which carries no gradient
+
+`combine` computes them from sums of three separable terms: "tvd", "overlap" with φ = −min(p, q),
+and "lk_mix" with φ = λ p (lp − lq) + (1 − λ) ½|p − q| and one λ per token. ψ of the last two is
+−q where q < p (half of it where they are equal): ½q more is the derivative of ½|p − q|, which
+ψ − q Σψ removes, and which would cancel digits where α is small. "argmax_ce" = −log q(argmax p) is
+forward_kl of a teacher whose mass is on one token; the losses replace the teacher.
+
 Pairs of divergence and tail that have their minimum at the teacher (`minimum_of`):
 
-    bucket          every divergence
-    renorm_both     every divergence; only the ratios among the K ids matter
-    truncate        every divergence but forward_kl, which follows published top-k distillation:
-                    its minimum is at p/M on the ids (biased)
+    bucket          every divergence; argmax_ce at the teacher's most probable token
+    renorm_both     every divergence but argmax_ce; only the ratios among the K ids matter
+    truncate        every separable divergence but forward_kl, which follows published top-k
+                    distillation: its minimum is at p/M on the ids (biased)
     renorm_teacher  none: the minimum is at p/M on the ids (biased). An error if f(0) is infinite
 
 The public functions accept a biased pair only with allow_biased=True.
@@ -43,7 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NAMES = (
+SEPARABLE = (
     "forward_kl",
     "reverse_kl",
     "jsd",
@@ -52,6 +64,9 @@ NAMES = (
     "skew_forward_kl",
     "skew_reverse_kl",
 )
+COMBINED = ("nla", "lk_hybrid")
+NAMES = (*SEPARABLE, *COMBINED, "argmax_ce")
+LEAST_OVERLAP = 1e-37  # of α: its reciprocal is finite in fp32
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,20 +115,35 @@ def plain_name(name: str, beta: float, skew: float) -> str:
 
 
 def minimum_of(divergence: str | Elementwise, beta: float, skew: float, tail: str) -> str | None:
-    """The location of the minimum: "teacher", "renormalized teacher", or None.
+    """The location of the minimum: "teacher", "renormalized teacher", "argmax", or None.
 
     A callable counts as "teacher"; its author is responsible for that.
     """
     if callable(divergence):
         return "teacher"
     name = plain_name(divergence, beta, skew)
+    if name == "argmax_ce":
+        return "argmax" if tail == "bucket" else None
+    if name in COMBINED:  # without the rest, any q ≥ p on the ids has the largest overlap
+        return "teacher" if tail in ("bucket", "renorm_both") else None
     if tail == "renorm_teacher":
         return None if resolve(name, beta, skew).outside is None else "renormalized teacher"
     return "renormalized teacher" if (name, tail) == ("forward_kl", "truncate") else "teacher"
 
 
-def resolve(name: str, beta: float, skew: float) -> Divergence:
-    """The divergence called `name`."""
+def cost_of_missing(name: str, beta: float, skew: float) -> float | None:
+    """The cost per unit of teacher mass on a token that the student lacks; None if infinite."""
+    name = plain_name(name, beta, skew)
+    if name == "jsd":
+        return -beta * math.log(beta)
+    if name == "skew_forward_kl":
+        return -math.log(skew)
+    costs = {"tvd": 0.5, "hellinger": 0.5, "forward_kl": None, "lk_hybrid": None, "argmax_ce": None}
+    return costs.get(name, 0.0)
+
+
+def resolve(name: str, beta: float, skew: float, w: Tensor | None = None) -> Divergence:
+    """The divergence or term called `name`; `w` is λ of "lk_mix", for each token."""
     name = plain_name(name, beta, skew)
     if name == "forward_kl":
         return Divergence(lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: -lp.exp(), 0.0)
@@ -143,7 +173,61 @@ def resolve(name: str, beta: float, skew: float) -> Divergence:
         return _skew_forward(skew)
     if name == "skew_reverse_kl":
         return _skew_reverse(skew)
+    if name == "overlap":
+        return Divergence(lambda lp, lq: -torch.minimum(lp, lq).exp(), _overlap_psi, 0.0)
+    if name == "lk_mix":
+        assert w is not None
+        return _lk_mix(w)
     raise ValueError(f"divergence: expected one of {NAMES} or a callable, got {name!r}")
+
+
+class Combined(NamedTuple):
+    """A loss of `combine`: D, and the separable term whose gradient is on_psi · (ψ − q Σψ).
+
+    total is Σψ. w is λ of "lk_mix". psi_size is a bound of |ψ| per token, None for 1.
+    """
+
+    D: Tensor
+    total: Tensor
+    term: str
+    on_psi: Tensor | None = None
+    w: Tensor | None = None
+    psi_size: Tensor | None = None
+
+
+def combine(
+    name: str, eta: float, sums: Callable[[str, Tensor | None], tuple[Tensor, Tensor]]
+) -> Combined:
+    """Compute `nla` or `lk_hybrid` of each token from sums over the outcomes.
+
+    Args:
+        sums: (term, w) -> (Σφ, Σψ) of a separable term. The term of the result comes last.
+    """
+    tv, _ = sums("tvd", None)
+    if name == "lk_hybrid":
+        w = (-eta * (1 - tv)).exp().detach()
+        D, total = sums("lk_mix", w)
+        return Combined(D, total, "lk_mix", w=w)
+    minus, total = sums("overlap", None)
+    alpha = (-minus).clamp(min=LEAST_OVERLAP)
+    # Each form is exact where the other one cancels.
+    D = torch.where(alpha < 0.5, -alpha.log(), -torch.log1p(-tv.clamp(max=0.75)))
+    return Combined(D, total, "overlap", on_psi=1 / alpha, psi_size=alpha)
+
+
+def _overlap_psi(lp: Tensor, lq: Tensor) -> Tensor:
+    return (0.5 * torch.sign(lq - lp)).sub_(0.5).mul_(lq.exp())
+
+
+def _lk_mix(w: Tensor) -> Divergence:
+    def phi(lp: Tensor, lq: Tensor) -> Tensor:
+        p = lp.exp()
+        return w * p * (lp - lq) + (1 - w) * (0.5 * (p - lq.exp()).abs())
+
+    def psi(lp: Tensor, lq: Tensor) -> Tensor:
+        return (1 - w) * _overlap_psi(lp, lq) - w * lp.exp()
+
+    return Divergence(phi, psi, 0.0)
 
 
 def _log_mix(lp: Tensor, lq: Tensor, on_p: float) -> Tensor:

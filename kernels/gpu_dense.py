@@ -96,6 +96,7 @@ def dense_sums(
     options: LossOptions,
     *,
     grad: bool,
+    w_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n])."""
     n = len(lse_n)
@@ -111,6 +112,7 @@ def dense_sums(
             options,
             p_lse=lse_n,
             p_t_lse=teacher_lse_n,
+            p_w=w_n,
             p_D=D,
             p_psi_sum=total,
         )
@@ -172,6 +174,7 @@ def dense_grads(
         p_on_lse=rows.on_lse,
         p_on_ce=rows.on_ce,
         p_label=rows.label,
+        p_w=rows.w,
         ld_dz=dz.stride(0),
     )
     db = None if db is None else db[: head.vocab_size]
@@ -191,12 +194,12 @@ def _scaled_rows(
     """(rows · scale, scale) such that dz fits float16; (rows, None) for other types.
 
     |ψ| of a named divergence is at most 90, since log p ≥ −88: the scale leaves room for that. ψ of
-    a callable is measured.
+    a callable is measured, and that of "overlap" is at most α.
     """
     if head.weight.dtype != torch.float16:
         return rows, None
     on_u, on_z = head.logit_scale, head.logit_scale / head.temperature
-    on_psi = rows.on_D
+    on_psi = rows.on_D if rows.psi_size is None else rows.on_D * rows.psi_size
     if psi_nV is not None:
         on_psi = on_psi * torch.linalg.vector_norm(psi_nV, torch.inf, dim=1)
     factors = ((on_psi, on_z), (rows.on_q, on_z), (rows.on_lse, on_u), (rows.on_ce, on_u))

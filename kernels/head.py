@@ -201,6 +201,8 @@ class DenseRows(NamedTuple):
     """The terms of dz for a chunk with a dense teacher, [n] each.
 
     dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label]
+
+    psi_size is a bound of |ψ|, where it is far from 1. w is λ of the term "lk_mix".
     """
 
     lse: Tensor
@@ -211,6 +213,8 @@ class DenseRows(NamedTuple):
     on_lse: Tensor | None
     on_ce: Tensor | None
     label: Tensor | None
+    psi_size: Tensor | None = None
+    w: Tensor | None = None
 
 
 def blocks(tokens: int, size: int) -> Iterator[slice]:

@@ -21,7 +21,8 @@ BODIES: dict[str, Callable[..., Any]] = {}  # the Python function of each operat
 # The scalars of an LM head and of a loss, in the schemas of the operators.
 HEAD = "float logit_scale, float? softcap, SymInt? valid_vocab, float temperature"
 LOSS = (
-    "str divergence, float beta, float skew, str tail, bool t2_scale, float ce_weight, float z_loss"
+    "str divergence, float beta, float skew, float eta, str tail, bool t2_scale, float ce_weight, "
+    "float z_loss"
 )
 
 

@@ -15,7 +15,10 @@ from . import dense_loss as losses
 from .op_common import HEAD, LOSS, accumulator, define_operator, fake_grads, library, needed_by
 from .op_losses import save_grads, saved_grads, scale_saved
 
-_TEACHER = "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels"
+_TEACHER = (
+    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels, "
+    "Tensor? missing_lse"
+)
 _SCALARS = f"{LOSS}, {HEAD}, float teacher_logit_scale, float? teacher_softcap"
 
 

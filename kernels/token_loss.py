@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, call_divergence, floor_of, resolve
+from .divergences import (
+    COMBINED,
+    Combined,
+    Divergence,
+    call_divergence,
+    combine,
+    floor_of,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from .head import Stats
@@ -48,6 +56,7 @@ class LossOptions(NamedTuple):
     allow_biased: bool = False
     impl: str = "auto"
     backward: str = "auto"
+    eta: float = 3.0
 
     def scalars(self) -> dict[str, Any]:
         """The terms of the loss as an operator takes them; it gets the temperature of its head."""
@@ -55,6 +64,7 @@ class LossOptions(NamedTuple):
             "divergence": self.divergence,
             "beta": self.beta,
             "skew": self.skew,
+            "eta": self.eta,
             "tail": self.tail,
             "t2_scale": self.t2_scale,
             "ce_weight": self.ce_weight,
@@ -65,6 +75,11 @@ class LossOptions(NamedTuple):
     def of(cls, scalars: dict[str, Any]) -> LossOptions:
         """The options among the scalars of an operator."""
         return cls(**{name: scalars[name] for name in cls._fields if name in scalars})
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether the divergence is a function of sums: its row mathematics is in PyTorch."""
+        return self.divergence in COMBINED
 
     @property
     def on_divergence(self) -> float:
@@ -200,6 +215,17 @@ def _on_ids(divergence: Divergence, tail: str) -> float:
     return divergence.on_ids if tail == "truncate" else 0.0
 
 
+def _combined(cols: _Columns, options: LossOptions) -> Combined:
+    """A divergence that is a function of sums over the columns."""
+    assert isinstance(options.divergence, str)
+
+    def sums(term: str, w_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        rule = resolve(term, 0.0, 0.0, None if w_N is None else w_N.unsqueeze(-1))
+        return rule.phi(cols.lp, cols.lq).sum(-1), rule.psi(cols.lp, cols.lq).sum(-1)
+
+    return combine(options.divergence, options.eta, sums)
+
+
 def _base(gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, T: float) -> Tensor:
     """lse₁ [N]: log-sum-exp of the logits at T=1."""
     u_S = torch.where(gathered.z < ABSENT, NEG, gathered.z * T)
@@ -221,7 +247,9 @@ def token_loss_forward(
     """
     tail = options.tail
     cols = _columns(gathered, teacher, label_N, tail)
-    if isinstance(options.divergence, str):
+    if options.is_combined:
+        D = _combined(cols, options).D
+    elif isinstance(options.divergence, str):
         rule = resolve(options.divergence, options.beta, options.skew)
         phi = rule.phi(cols.lp, cols.lq)
         if _on_ids(rule, tail):
@@ -263,8 +291,14 @@ def token_loss_backward(
     assert isinstance(options.divergence, str)
     K, tail, T = teacher.ids.shape[-1], options.tail, options.temperature
     cols = _columns(gathered, teacher, label_N, tail)
-    rule = resolve(options.divergence, options.beta, options.skew)
+    if options.is_combined:
+        of = _combined(cols, options)
+        rule = resolve(of.term, 0.0, 0.0, None if of.w is None else of.w.unsqueeze(-1))
+    else:
+        of, rule = None, resolve(options.divergence, options.beta, options.skew)
     psi, q = rule.psi(cols.lp, cols.lq), cols.lq.exp()
+    if of is not None and of.on_psi is not None:
+        psi = psi * of.on_psi.unsqueeze(-1)
     if _on_ids(rule, tail):
         psi = psi - _on_ids(rule, tail) * q
     total = psi.sum(-1, keepdim=True)

@@ -27,6 +27,7 @@ def dense_sums(
     options: LossOptions,
     *,
     grad: bool,
+    w_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n]); with grad, ψ overwrites the teacher's logits."""
     n, V = len(lse_n), head.vocab_size
@@ -42,7 +43,7 @@ def dense_sums(
         lq = (u_Vn[at] / T).sub_(lse_n)
         lp = (psi_Vn[at] / T).sub_(teacher_lse_n).clamp_(min=floor)
         if isinstance(options.divergence, str):
-            rule = resolve(options.divergence, options.beta, options.skew)
+            rule = resolve(options.divergence, options.beta, options.skew, w_n)
             D += rule.phi(lp, lq).sum(0)
             psi = rule.psi(lp, lq) if grad else None
         else:

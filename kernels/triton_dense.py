@@ -23,6 +23,7 @@ def sum_divergence(
     p_t_bias,
     p_lse,
     p_t_lse,
+    p_w,
     p_D,
     p_psi_sum,
     ld_raw,
@@ -49,6 +50,7 @@ def sum_divergence(
         p_raw, p_t_raw: [n, v] raw products of the student and the teacher, row strides ld_raw and
             ld_t_raw.
         p_bias, p_t_bias: [v] or None. p_lse, p_t_lse: [n], the log-sum-exp of z of each model.
+        p_w: [n] or None, w of each row instead of the scalar.
         p_D, p_psi_sum: [n], receive D and Ψ.
         scale, cap, inv_T, t_scale, t_cap: scalars of the two heads.
         w, rest, log_w, log_rest: of PHI. floor: the smallest log p.
@@ -68,6 +70,9 @@ def sum_divergence(
     log_w = tl.full([], log_w, DT)
     log_rest = tl.full([], log_rest, DT)
     floor = tl.full([], floor, DT)
+    if p_w is not None:
+        w = tl.load(p_w + i_row)
+        rest = 1.0 - w
     b_lse = tl.load(p_lse + i_row)
     b_t_lse = tl.load(p_t_lse + i_row).to(DT)
     b_phi_sum = tl.zeros([BV], DT)
@@ -104,6 +109,7 @@ def grad_divergence(
     p_on_lse,
     p_on_ce,
     p_label,
+    p_w,
     ld_raw,
     ld_t_raw,
     ld_dz,
@@ -135,7 +141,7 @@ def grad_divergence(
         p_bias, p_t_bias: [v] or None. p_lse, p_t_lse, p_lse_base: [n], log-sum-exp of z of each
             model and of the student's u.
         p_on_D, p_on_q: [n]. p_on_lse, p_on_ce: [n] or None. p_label: int64 [n], needed for p_on_ce.
-        w, rest, log_w, log_rest, floor, PHI: as in sum_divergence.
+        p_w, w, rest, log_w, log_rest, floor, PHI: as in sum_divergence.
 
     Program i owns row i and walks it in blocks of BV columns.
     """
@@ -152,6 +158,9 @@ def grad_divergence(
     log_w = tl.full([], log_w, DT)
     log_rest = tl.full([], log_rest, DT)
     floor = tl.full([], floor, DT)
+    if p_w is not None:
+        w = tl.load(p_w + i_row)
+        rest = 1.0 - w
     b_lse = tl.load(p_lse + i_row)
     b_t_lse = tl.load(p_t_lse + i_row).to(DT)
     b_on_D = tl.load(p_on_D + i_row)

@@ -66,3 +66,18 @@ def skew_reverse_kl(lp, lq, w, rest, log_w, log_rest):
     lm = log_mix(lp, lq, log_rest, log_w)
     q = tl.exp(lq)
     return q * (lq - lm), q * (lq - lm + 1.0 - w * tl.exp(lq - lm))
+
+
+@triton.jit
+def overlap(lp, lq, w, rest, log_w, log_rest):
+    q = tl.exp(lq)
+    part = tl.where(lq < lp, 1.0, tl.where(lq > lp, 0.0, 0.5))
+    return -tl.exp(tl.minimum(lp, lq)), -part * q
+
+
+@triton.jit
+def lk_mix(lp, lq, w, rest, log_w, log_rest):
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    part = tl.where(lq < lp, 1.0, tl.where(lq > lp, 0.0, 0.5))
+    return w * p * (lp - lq) + rest * (0.5 * tl.abs(p - q)), -w * p - rest * part * q

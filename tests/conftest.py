@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 ON_EVERY_BACKEND = {
     "test_dense_loss",
+    "test_draft_loss",
     "test_float16",
     "test_hard_cases",
     "test_integration",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.divergences import NAMES, floor_of, minimum_of
+from ..kernels.divergences import COMBINED, NAMES, floor_of, minimum_of
 from ..kernels.head import LMHead
 from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK, merge_repeats
 from ..runtime import checks, tensor_checks
@@ -112,6 +112,15 @@ def to_teacher_rows(
             .masked_fill(empty, floor)
         )
     return TeacherRows(TeacherTopK(ids, lp, log_tail), mass)
+
+
+def only_argmax(teacher: TopK) -> TopK:
+    """All mass on the most probable of the K ids; an empty answer stays empty."""
+    lp = teacher.logprobs.detach().masked_fill(teacher.ids < 0, -torch.inf)
+    ids = teacher.ids.gather(-1, lp.argmax(-1, keepdim=True))
+    logprobs = torch.zeros_like(ids, dtype=torch.float32)
+    log_tail = logprobs[..., 0].masked_fill(ids[..., 0] >= 0, -torch.inf)
+    return TopK(ids, logprobs, log_tail, teacher.temperature)
 
 
 class LossTerms(NamedTuple):
@@ -263,9 +272,13 @@ def check_divergence(
     checks.choice("tail", tail, TAILS)
     checks.boolean("allow_biased", allow_biased)
     minimum = minimum_of(divergence, beta, skew, tail)
-    if minimum == "teacher" or (minimum is not None and allow_biased):
+    if minimum in ("teacher", "argmax") or (minimum is not None and allow_biased):
         return
-    if minimum is None:
+    if divergence in (*COMBINED, "argmax_ce"):
+        reason = (
+            "without an outcome for the rest it has no minimum at the teacher. Use tail='bucket'"
+        )
+    elif minimum is None:
         reason = (
             "KL(student ‖ teacher) is infinite where the teacher is zero, so this pair has no "
             "minimum at any teacher. Use tail='bucket'"
@@ -276,7 +289,8 @@ def check_divergence(
             "tokens, so it moves all probability onto them. Use tail='bucket', or "
             "allow_biased=True if that is the loss you want"
         )
-    proper = [repr(t) for t in TAILS if minimum_of(divergence, beta, skew, t) == "teacher"]
+    good = ("teacher", "argmax")
+    proper = [repr(t) for t in TAILS if minimum_of(divergence, beta, skew, t) in good]
     pair = _in_words(divergence, beta, skew)
     checks.fail("tail", f"{' or '.join(proper)} with {pair}", repr(tail), reason)
 
@@ -298,5 +312,6 @@ def check_options(options: LossOptions) -> None:
     )
     if options.t2_scale not in (True, False):
         checks.fail("t2_scale", "True or False", repr(options.t2_scale))
+    checks.between("eta", options.eta, 0, math.inf, below=True)
     checks.between("ce_weight", options.ce_weight, 0, 1)
     checks.between("z_loss", options.z_loss, 0, math.inf, below=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.backends import get_backend
-from ..kernels.dense_loss import DenseLoss, dense
-from ..kernels.head import LMHead, needed
+from ..kernels.dense_loss import DenseLoss, DenseTeacher, Ranks, dense
+from ..kernels.divergences import cost_of_missing
+from ..kernels.head import LMHead, dense_chunk_tokens, needed, round_scaled
 from ..kernels.op_dense import dense_loss, dense_rows
 from ..kernels.token_loss import LossOptions
 from ..runtime import checks, tensor_checks
@@ -24,9 +25,15 @@ from .arguments import (
     operands,
     token_weights,
 )
-from .gradient_paths import empty_output, keep_gradients, needs
+from .draft import OUTSIDE, check_t2d, lse_of_rows, rows_of
+from .gradient_paths import empty_output, keep_gradients, needs, recompute_rows
+from .linear_head import topk_at
 from .support import SUPPORTS, answers_of_head
 from .topk import Divergence, distill_topk
+from .vocab_parallel import backend_of, check_same_on_all_ranks, distribute_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_distill_loss(
@@ -37,10 +44,13 @@ def linear_distill_loss(
     *,
     k: int | None = None,
     support: str = "teacher",
+    t2d: Tensor | None = None,
+    outside: str = "renormalize",
     labels: Tensor | None = None,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     skew: float = 0.1,
+    eta: float = 3.0,
     temperature: float = 1.0,
     t2_scale: bool = False,
     ce_weight: float = 0.0,
@@ -56,6 +66,7 @@ def linear_distill_loss(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     valid_vocab: int | None = None,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
     backward: str = "auto",
 ) -> Tensor:
@@ -76,8 +87,17 @@ def linear_distill_loss(
             the rest as one outcome (tail="bucket"); it is a lower bound of the whole divergence.
         support: with k, whose k likeliest tokens: "teacher", "student", or "union", the 2k of both.
             The reverse KL and JSD have their large terms where the student is.
+        t2d: bool [≤ V'], for a draft model with a reduced vocabulary: row i of `weight` is the i-th
+            True token of the teacher; rows of teacher_weight beyond t2d are padding. Each call
+            copies the draft's rows of teacher_weight: pass teacher_weight[t2d] instead to copy
+            them once. labels are rows of `weight`.
+        outside: with t2d, the teacher's probability of tokens that the draft lacks. "renormalize"
+            leaves them out (EAGLE-3, arXiv 2503.01840, and speculators). "count" keeps the
+            teacher's probabilities, and the draft has 0 there: 1 − tvd is then the acceptance rate
+            itself. "forward_kl" and "lk_hybrid" are infinite with it.
         divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows
             ([n, K+1] with k).
+        group: as in `topk_distill`; both heads are sharded, with as many rows on each rank.
         backward: "fused" (gradients in the forward pass, scalar losses), "recompute" (any
             upstream gradient), "auto".
 
@@ -104,10 +124,23 @@ def linear_distill_loss(
         z_loss=z_loss,
         impl=impl,
         backward=backward,
+        eta=eta,
     )
     reduction_of = Reduction(labels, token_weight, ignore_index, reduction, num_items)
     checks.choice("support", support, SUPPORTS)
+    missing = None
+    if t2d is not None:
+        teacher_head, missing = _reduced(hidden, head, teacher_hidden, teacher_head, t2d)
+    checks.choice("outside", outside, OUTSIDE)
+    if outside == "renormalize":
+        missing = None
+    elif missing is None:
+        checks.fail("outside", "'renormalize' without t2d", repr(outside), "pass t2d")
+    else:
+        _check_count(options, k)
     if k is not None:
+        if group is not None:
+            checks.fail("k", "None with group", repr(k), "the top k needs a whole head")
         vocab = operands(hidden, head).vocab
         vocab = min(vocab, operands(teacher_hidden, teacher_head, prefix="teacher_").vocab)
         head, teacher_head = (h._replace(valid_vocab=vocab) for h in (head, teacher_head))
@@ -125,7 +158,51 @@ def linear_distill_loss(
     if support != "teacher":
         hint = "k=None compares the whole vocabulary"
         checks.fail("support", "'teacher' with k=None", repr(support), hint)
-    return distill_dense(hidden, head, teacher_hidden, teacher_head, options, reduction_of)
+    return distill_dense(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        options,
+        reduction_of,
+        missing=missing,
+        group=group,
+    )
+
+
+class Missing(NamedTuple):
+    """Rows `ids` of a teacher's head, of tokens that the student lacks."""
+
+    head: LMHead
+    ids: Tensor
+
+
+def _reduced(
+    hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher_head: LMHead, t2d: Tensor
+) -> tuple[LMHead, Missing]:
+    """The teacher's head of the draft's tokens, and its other rows."""
+    vocab = operands(hidden, head).vocab
+    whole = operands(teacher_hidden, teacher_head, prefix="teacher_").head
+    check_t2d(t2d, vocab, teacher_head.weight.shape[0], hidden)
+    missing = Missing(whole._replace(temperature=1.0), (~t2d).nonzero()[:, 0])
+    return rows_of(teacher_head, t2d.nonzero()[:, 0]), missing
+
+
+def _check_count(options: LossOptions, k: int | None) -> None:
+    """Check that a loss is finite where the teacher has mass and the draft has none."""
+    if k is not None:
+        checks.fail("outside", "'renormalize' with k", "'count'")
+    name, beta, skew = options.divergence, options.beta, options.skew
+    finite = not callable(name) and cost_of_missing(name, beta, skew) is not None
+    if not finite:
+        got = "a callable" if callable(name) else repr(name)
+        checks.fail(
+            "outside",
+            f"'renormalize' with divergence={got}",
+            "'count'",
+            "the draft has probability 0 on tokens of the teacher; 'tvd', 'nla', 'jsd', "
+            "'hellinger', 'reverse_kl' and skewed divergences are finite",
+        )
 
 
 class DenseCall(NamedTuple):
@@ -138,6 +215,7 @@ class DenseCall(NamedTuple):
     label: Tensor | None  # [N]
     weights: TokenWeights
     options: LossOptions
+    missing_lse: Tensor | None  # [N]
 
     @property
     def head(self) -> LMHead:
@@ -161,21 +239,36 @@ def distill_dense(
     teacher_head: LMHead,
     options: LossOptions,
     reduction: Reduction,
+    *,
+    missing: Missing | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Compute `linear_distill_loss` from two LM heads, options and a reduction."""
-    call = _checked(hidden, head, teacher_hidden, teacher_head, options, reduction)
+    call = _checked(hidden, head, teacher_hidden, teacher_head, options, reduction, missing, group)
+    if options.divergence == "argmax_ce":
+        return _argmax_ce(call, hidden, head, teacher_hidden, reduction)
     x, options, coef = call.hidden, call.options, call.weights.coef
     if not x.shape[0]:
         return empty_output(call.ops, x, reduction, options).loss
     check_fused(reduction, options)
     per_row = reduction.kind == "none" or options.backward == "recompute"
+    by_operator = call.ops.shard is None and not callable(options.divergence)
     student = (x, call.head.weight, call.head.bias)
-    teacher = (call.teacher_hidden, call.teacher_head.weight, call.teacher_head.bias, call.label)
+    teacher = (
+        call.teacher_hidden,
+        call.teacher_head.weight,
+        call.teacher_head.bias,
+        call.label,
+        call.missing_lse,
+    )
     total = None
     if options.impl == "reference":
         total, rows = _by_reference(call)
-    elif callable(options.divergence):
-        total, rows = _with_callable(call, per_row)
+    elif not by_operator and per_row:
+        rows = recompute_rows(_runner(call), x, call.head, options.impl)
+    elif not by_operator:
+        total, out = keep_gradients(_runner(call), coef, x, call.head, options.impl)
+        rows = out.per_token
     elif per_row:
         rows = dense_rows(*student, *teacher, **call.scalars())
     else:
@@ -194,11 +287,17 @@ def _checked(
     teacher_head: LMHead,
     options: LossOptions,
     reduction: Reduction,
+    missing: Missing | None,
+    group: ProcessGroup | None,
 ) -> DenseCall:
     head, teacher_head = (h._replace(temperature=options.temperature) for h in (head, teacher_head))
-    ops = operands(hidden, head)
+    head, placement = distribute_head(head, group, options.impl)
+    of_teacher = None
+    if placement is not None:
+        teacher_head, of_teacher = distribute_head(teacher_head, placement.group, options.impl)
+    ops = operands(hidden, head, placement=placement)
     options = options._replace(impl=resolve_impl(options.impl, hidden.device))
-    teacher = operands(teacher_hidden, teacher_head, prefix="teacher_")
+    teacher = operands(teacher_hidden, teacher_head, prefix="teacher_", placement=of_teacher)
     if teacher.batch_shape != ops.batch_shape:
         checks.fail(
             "teacher_hidden", f"positions {list(ops.batch_shape)}", list(teacher.batch_shape)
@@ -207,49 +306,113 @@ def _checked(
     check_options(options)
     vocab = min(ops.vocab, teacher.vocab)
     check_reduction(reduction, hidden, vocab, options, check=False)
-    ops = ops._replace(head=ops.head._replace(valid_vocab=vocab))
+    valid_vocab = vocab
+    if ops.shard is not None and teacher.shard is not None:
+        _check_shards(ops, teacher, reduction, options, missing)
+        rows = min(ops.head.weight.shape[0], teacher.head.weight.shape[0])
+        valid_vocab = max(0, min(rows, vocab - ops.shard.offset, ops.head.vocab_size))
+    ops = ops._replace(head=ops.head._replace(valid_vocab=valid_vocab))
     weights, label_N = token_weights(ops, reduction), reduction.label_N
     bias = teacher.head.bias
+    answers_from = weights.take_hidden(teacher.hidden.detach())
+    missing_lse = None
+    if missing is not None:
+        of_missing = missing.head._replace(temperature=options.temperature)
+        impl = "torch" if options.impl == "reference" else options.impl
+        missing_lse = lse_of_rows(of_missing, missing.ids, answers_from, impl)
     return DenseCall(
         ops,
         weights.take_hidden(ops.hidden),
-        weights.take_hidden(teacher.hidden.detach()),
+        answers_from,
         teacher.head._replace(
             weight=teacher.head.weight.detach(),
             bias=None if bias is None else bias.detach(),
-            valid_vocab=vocab,
+            valid_vocab=valid_vocab,
         ),
         None if label_N is None else weights.take(label_N),
         weights,
         options,
+        missing_lse,
     )
 
 
-def _with_callable(call: DenseCall, per_row: bool) -> tuple[Tensor, Tensor]:
-    """(Σ coef · ℓ with its gradient, ℓ [N]) of a divergence that cannot enter an operator."""
-    if per_row:
+def _check_shards(
+    ops: Operands,
+    teacher: Operands,
+    reduction: Reduction,
+    options: LossOptions,
+    missing: Missing | None,
+) -> None:
+    """Check vocabulary-parallel heads: all ranks raise, or none."""
+    assert ops.shard is not None
+    assert teacher.shard is not None
+    if missing is not None:
+        checks.fail("t2d", "None with group", "a tensor", "pass shards of teacher_weight[t2d]")
+    if callable(options.divergence):
+        checks.fail("divergence", "a name with group", "a callable", "it takes whole rows")
+    if options.divergence == "argmax_ce":
         checks.fail(
             "divergence",
-            "a name with reduction='none' or backward='recompute'",
-            "a callable",
-            "with a dense teacher it needs the fused pass",
+            "another than 'argmax_ce' with group",
+            "'argmax_ce'",
+            "pass the teacher's argmax as labels with ce_weight=1",
         )
+    if ops.shard.offsets != teacher.shard.offsets:
+        checks.fail(
+            "teacher_weight",
+            f"shards from rows {list(ops.shard.offsets)}, as those of weight",
+            list(teacher.shard.offsets),
+            "pad the smaller head, so that each rank holds the same tokens of both",
+        )
+    if reduction.labels is not None:
+        check_same_on_all_ranks(ops.shard, "labels", reduction.labels, check=False)
+
+
+def _argmax_ce(
+    call: DenseCall, hidden: Tensor, head: LMHead, teacher_hidden: Tensor, reduction: Reduction
+) -> Tensor:
+    """The sparse loss of the teacher's most probable token."""
+    ops, options, teacher_head = call.ops, call.options, call.teacher_head
+    if reduction.counted is not None:  # a NaN at an ignored position has no argmax
+        teacher_hidden = torch.where(reduction.counted.unsqueeze(-1), teacher_hidden, 0)
+    answers = topk_at(teacher_hidden, teacher_head, 1, (options.temperature,), options.impl)[0]
+    head = head._replace(valid_vocab=ops.head.valid_vocab)
+    return distill_topk(hidden, head, answers, options, reduction).loss
+
+
+def _runner(call: DenseCall) -> Any:
+    """A pass that is no operator: it calls the user's code, or communicates with other ranks."""
+    shard, impl = call.ops.shard, call.options.impl
+    teacher = DenseTeacher(call.teacher_head, call.teacher_hidden, call.missing_lse)
 
     def run(coef: Tensor, x: Tensor, head: LMHead, need: list[bool]) -> DenseLoss:
-        return dense(
-            get_backend(call.options.impl),
+        ranks = None
+        if shard is not None:
+            chunk = shard.chunk(head, x.shape[0], need[1], dense_chunk_tokens)
+            ranks = Ranks(
+                shard.all_reduce_lse,
+                shard.all_reduce_sum,
+                lambda ids: shard.slots(ids, head),
+                chunk,
+            )
+        out = dense(
+            get_backend(impl if shard is None else backend_of(impl, head)),
             head,
             x,
-            call.teacher_head,
-            call.teacher_hidden,
+            teacher,
             call.label,
             coef,
             call.options,
             **needed(need),
+            ranks=ranks,
         )
+        if shard is None or out.dx is None:
+            return out
+        dx, grad_scale = round_scaled(shard.all_reduce_grad(out.dx), x)
+        scales = torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
+        return out._replace(dx=dx, grad_scale=scales)
 
-    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head, call.options.impl)
-    return loss, out.per_token
+    return run
 
 
 def _by_reference(call: DenseCall) -> tuple[Tensor, Tensor]:
@@ -258,5 +421,11 @@ def _by_reference(call: DenseCall) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         teacher_logits = reference.logits(call.teacher_hidden, call.teacher_head)
     return reference.linear_distill(
-        call.hidden, call.head, teacher_logits, call.label, call.weights.coef, call.options
+        call.hidden,
+        call.head,
+        teacher_logits,
+        call.label,
+        call.weights.coef,
+        call.options,
+        call.missing_lse,
     )

@@ -226,6 +226,49 @@ class _PrecomputedGradients(torch.autograd.Function):
         return None, None, None, None, None, d_coef, *grads
 
 
+def recompute_rows(
+    run: Callable[[Tensor, Tensor, LMHead, list[bool]], Any], x: Tensor, head: LMHead, impl: str
+) -> Tensor:
+    """ℓ [N] of a computation that cannot be an operator; its backward pass runs it again."""
+    rows: Tensor = _RecomputedRows.apply(  # type: ignore[no-untyped-call]
+        run, head, needs(x, head), impl, x, head.weight, head.bias
+    )
+    return rows
+
+
+class _RecomputedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., Any],
+        head: LMHead,
+        need: list[bool],
+        impl: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.run, ctx.need, ctx.impl = run, need, impl
+        ctx.head = head._replace(weight=weight.new_empty(0), bias=None)
+        head = head._replace(weight=weight, bias=bias)
+        with torch.autocast(x.device.type, enabled=False):
+            rows: Tensor = run(x.new_ones(len(x), dtype=head.dtype), x, head, [False] * 3).per_token
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise_no_second_derivative()
+        x, weight, bias = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            head = ctx.head._replace(weight=weight, bias=bias)
+            out = ctx.run(grad.contiguous(), x, head, ctx.need)
+        saved = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
+        one = out.grad_scale.new_ones(())
+        return None, None, None, None, *scale_saved(saved, one, out.grad_scale, ctx.need, ctx.impl)
+
+
 def by_reference(call: TopKCall) -> LossTerms:
     from . import reference
 

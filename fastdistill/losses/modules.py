@@ -18,7 +18,7 @@ class _FixedOptions(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        names = ("divergence", "beta", "skew", "tail", "allow_biased")
+        names = ("divergence", "beta", "skew", "eta", "tail", "allow_biased")
         fixed = {name: value for name, value in options.items() if name in names}
         check_options(LossOptions(**fixed))
         self.options = options

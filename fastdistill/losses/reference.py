@@ -102,9 +102,18 @@ def divergence_on_ids(
     return terms.masked_fill(~ids, 0.0).sum(-1)
 
 
-def divergence(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Tensor:
+def divergence(
+    name: str, p: Tensor, q: Tensor, beta: float, skew: float, eta: float = 3.0
+) -> Tensor:
     """D(p, q) [N] over the last dimension."""
     name = _named(name, beta, skew)
+    if name in ("nla", "lk_hybrid"):
+        overlap = torch.minimum(p, q).sum(-1)
+        if name == "nla":
+            return -overlap.log()
+        share = (-eta * overlap.detach()).exp()
+        kl, tv = _terms("forward_kl", p, q, beta, skew), _terms("tvd", p, q, beta, skew)
+        return share * kl.sum(-1) + (1 - share) * tv.sum(-1)
     if name == "hellinger":
         # √ has an infinite slope at 0: for p = 0 the product is 0 for any q.
         return 1 - torch.where(p > 0, torch.where(p > 0, p * q, 1.0).sqrt(), 0.0).sum(-1)
@@ -144,7 +153,7 @@ def topk_distill(
         if options.tail == "truncate":
             D = divergence_on_ids(name, p, q, beta, skew, S)
         else:
-            D = divergence(name, p, q, beta, skew)
+            D = divergence(name, p, q, beta, skew, options.eta)
         if options.tail == "renorm_both":
             D = D.masked_fill(~S.any(-1), 0.0)
     else:
@@ -174,12 +183,22 @@ def linear_distill(
     labels: Tensor | None,
     coef: Tensor,
     options: LossOptions,
+    missing_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1."""
+    """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1.
+
+    missing_lse [N] is the log-sum-exp of its logits at T of tokens that the student lacks.
+    """
     u, T = logits(hidden, head), options.temperature
-    lq, lp = (u / T).log_softmax(-1), (teacher_logits / T).log_softmax(-1)
+    lq, z_teacher = (u / T).log_softmax(-1), teacher_logits / T
+    if missing_lse is not None:
+        z_teacher = torch.cat([z_teacher, missing_lse.unsqueeze(-1)], -1)
+    lp = z_teacher.log_softmax(-1)
     if isinstance(options.divergence, str):
-        D = divergence(options.divergence, lp.exp(), lq.exp(), options.beta, options.skew)
+        q = lq.exp()
+        q = torch.cat([q, q.new_zeros(len(q), lp.shape[-1] - q.shape[-1])], -1)
+        of = options
+        D = divergence(options.divergence, lp.exp(), q, of.beta, of.skew, of.eta)
     else:
         D = options.divergence(lp, lq)
     lse = u.logsumexp(-1)

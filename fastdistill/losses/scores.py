@@ -39,8 +39,9 @@ def token_scores(
 
     lse and entropies at `temperature`. With labels, at T=1: nll = −log q(label), and label_rank =
     the number of more probable tokens (0 = top); both 0 at ignored positions. With a teacher taken
-    at `temperature`, bucket tail: forward_kl, teacher_mass, student_mass and hellinger =
-    √(1 − Σ√(pq)).
+    at `temperature`, bucket tail: forward_kl, teacher_mass, student_mass, hellinger =
+    √(1 − Σ√(pq)) and acceptance_rate = Σ min(p, q), with which speculative decoding accepts a token
+    of q; with the tail as one outcome it is an upper bound.
 
     Args:
         hidden: [N, H] or [B, T, H]. weight: [V, H], the same dtype. labels: int [...].
@@ -81,12 +82,13 @@ def token_scores(
         backend = get_backend(impl)
         s = scores(backend, head, ops.hidden, ids, label_u)
     nll = rank = None
-    kl = hellinger = mass = None
+    kl = hellinger = mass = acceptance = None
     if teacher_rows is not None:
         stats = Stats(s.z_ids, s.lse_rest, None, s.lse_rest_base)
         shared = (backend, head, ids, stats, teacher_rows.teacher, label_N)
         _, kl, mass, _, nll = _rows(*shared, "forward_kl")
         hellinger = _rows(*shared, "hellinger").divergence.clamp(min=0).sqrt()
+        acceptance = (1 - _rows(*shared, "tvd").divergence).clamp(min=0, max=1)
     elif label_N is not None:
         nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
         nll = (nll - s.z_ids[:, -1] * temperature).masked_fill(label_N < 0, 0.0)
@@ -106,6 +108,7 @@ def token_scores(
         None if teacher_rows is None else teacher_rows.mass,
         mass,
         hellinger,
+        acceptance,
     )
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)
 
@@ -133,7 +136,7 @@ def _reference(
     result = reference.token_scores(ops.hidden, ops.head, label_N)
     if teacher_rows is not None:
         one, T = torch.ones_like(result.lse), ops.head.temperature
-        kl, hellinger = (
+        kl, hellinger, tvd = (
             reference.topk_distill(
                 ops.hidden,
                 ops.head,
@@ -142,12 +145,13 @@ def _reference(
                 one,
                 LossOptions(name, temperature=T),
             )
-            for name in ("forward_kl", "hellinger")
+            for name in ("forward_kl", "hellinger", "tvd")
         )
         result = result._replace(
             forward_kl=kl.divergence,
             teacher_mass=teacher_rows.mass,
             student_mass=kl.student_mass,
             hellinger=hellinger.divergence.clamp(min=0).sqrt(),
+            acceptance_rate=1 - tvd.divergence,
         )
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)

@@ -25,6 +25,7 @@ from .arguments import (
     Reduction,
     check_options,
     check_reduction,
+    only_argmax,
     operands,
     to_teacher_rows,
     token_weights,
@@ -51,6 +52,7 @@ def topk_arguments(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     skew: float = 0.1,
+    eta: float = 3.0,
     tail: str = "bucket",
     allow_biased: bool = False,
     temperature: float = 1.0,
@@ -86,6 +88,7 @@ def topk_arguments(
         allow_biased,
         impl,
         backward,
+        eta,
     )
     reduction_of = Reduction(labels, token_weight, ignore_index, reduction, num_items)
     return {
@@ -144,7 +147,10 @@ def topk_distill(*args: Any, **options: Any) -> DistillOutput:
             "jsd" β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv 2306.13649; β = 0 and 1
             mean forward and reverse KL), "tvd" ½Σ|p−q|, "hellinger" 1 − Σ√(pq),
             "skew_forward_kl" KL(p ‖ skew·p + (1−skew)·q), "skew_reverse_kl"
-            KL(q ‖ (1−skew)·p + skew·q) (DistiLLM, arXiv 2402.03898), or a callable
+            KL(q ‖ (1−skew)·p + skew·q) (DistiLLM, arXiv 2402.03898); for draft models "nla" −log α
+            and "lk_hybrid" λ·KL(p‖q) + (1−λ)·½Σ|p−q|, with the acceptance rate α = Σ min(p, q) and
+            λ = exp(−eta·α) without gradient (LK losses, arXiv 2602.23881), and "argmax_ce"
+            −log q(argmax p), cross-entropy of the teacher's most probable token; or a callable
             (log_p [..., K(+1)], log_q [..., K(+1)]) -> [...]; empty slots hold the same tiny
             probability on both sides.
         tail: "bucket": one more outcome, the mass outside the K ids on each side. "truncate": the K
@@ -156,7 +162,8 @@ def topk_distill(*args: Any, **options: Any) -> DistillOutput:
             with renorm_teacher have it at p/M: they are biased and move all of the student's mass
             onto the K ids. They are an error without allow_biased. Pairs without a minimum are
             always an error: renorm_teacher with reverse_kl, with jsd at β = 1 and with
-            skew_reverse_kl at skew 0.
+            skew_reverse_kl at skew 0; nla and lk_hybrid with other tails than bucket and
+            renorm_both, argmax_ce with another than bucket.
         allow_biased: accept a loss whose minimum is at p/M, as in published top-k distillation.
         temperature: T > 0; the teacher's answers must use the same (except with renorm_both).
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
@@ -237,6 +244,8 @@ def _checked(
         check_same_on_all_ranks(ops.shard, "labels", reduction.labels, check)
     check_teacher(teacher, hidden, reduction.counted, vocab=ops.vocab, options=options, check=check)
     check_same_on_all_ranks(ops.shard, "teacher.ids", teacher.ids, check)
+    if options.divergence == "argmax_ce":
+        teacher, options = only_argmax(teacher), options._replace(divergence="forward_kl")
     weights, label_N = token_weights(ops, reduction), reduction.label_N
     rows = to_teacher_rows(teacher, options, ops.head.dtype, weights.mask)
     return TopKCall(

@@ -146,7 +146,7 @@ class TokenScores(NamedTuple):
     Of softmax(logits / temperature): entropy, varentropy (variance of −log q), max_logprob,
     argmax (int64), margin (top-1 minus top-2 logprob), lse. With labels, at T=1: nll, and
     label_rank (int64, 0 = top). With a teacher, bucket tail: forward_kl, teacher_mass,
-    student_mass, hellinger = √(1 − Σ√(pq)).
+    student_mass, hellinger = √(1 − Σ√(pq)), acceptance_rate = Σ min(p, q).
     """
 
     lse: Tensor
@@ -161,3 +161,4 @@ class TokenScores(NamedTuple):
     teacher_mass: Tensor | None = None
     student_mass: Tensor | None = None
     hellinger: Tensor | None = None
+    acceptance_rate: Tensor | None = None

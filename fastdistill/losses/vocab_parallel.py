@@ -13,7 +13,9 @@ count from its first row, and ids of other ranks are −1.
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,31 +49,54 @@ class Placement(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Rows [offset, …) of a vocabulary of `rows` rows; no rank holds more than `largest`."""
+    """Rows [offset, …) of a vocabulary of `rows` rows; no rank holds more than `largest`.
+
+    offsets are those of all ranks, in their order.
+    """
 
     group: ProcessGroup
     offset: int
     rows: int
     largest: int
+    offsets: tuple[int, ...]
 
     def slots(self, ids: Tensor, head: LMHead) -> Tensor:
         """Ids relative to the first row of this shard; −1 in empty slots and for other ranks."""
         local = ids - self.offset
         return torch.where((local >= 0) & (local < head.vocab_size), local, -1)
 
-    def chunk(self, head: LMHead, tokens: int, weight_grad: bool) -> int:
-        """Tokens per chunk of the fused loss, computed from the largest shard.
+    def chunk(
+        self,
+        head: LMHead,
+        tokens: int,
+        weight_grad: bool,
+        size_of: Callable[[LMHead, int, bool], int] = chunk_tokens,
+    ) -> int:
+        """Tokens per chunk of a fused loss, computed from the largest shard.
 
         All ranks combine the same chunks, so the size may not depend on this shard.
         """
         weight = head.weight.new_empty(1, 1).expand(self.largest, head.weight.shape[1])
         whole = head._replace(weight=weight, valid_vocab=self.largest)
-        return chunk_tokens(whole, tokens, weight_grad)
+        return size_of(whole, tokens, weight_grad)
 
     def all_reduce(self, parts: list[Tensor], op: Any) -> list[Tensor]:
         """All-reduce of [n, ·] columns, packed into one message."""
         dist.all_reduce(packed := torch.cat(parts, -1), op, group=self.group)
         return list(packed.split([p.shape[-1] for p in parts], -1))
+
+    def all_reduce_lse(self, parts: list[Tensor]) -> list[Tensor]:
+        """Log-sum-exps [n] of the whole vocabulary from those of this shard."""
+        lse_nL = torch.stack(parts, -1)
+        (top_nL,) = self.all_reduce([lse_nL], dist.ReduceOp.MAX)
+        share_nL = torch.where(lse_nL < ABSENT, 0.0, (lse_nL - top_nL).exp())
+        (sum_nL,) = self.all_reduce([share_nL], dist.ReduceOp.SUM)
+        return [t.contiguous() for t in (top_nL + sum_nL.log()).unbind(-1)]
+
+    def all_reduce_sum(self, parts: list[Tensor]) -> list[Tensor]:
+        """Sums over the ranks of tensors [n]."""
+        columns = [t.unsqueeze(-1) for t in parts]
+        return [t.squeeze(-1) for t in self.all_reduce(columns, dist.ReduceOp.SUM)]
 
     def combine_stats(self, local: Stats) -> Stats:
         """The statistics of the whole vocabulary from those of this shard."""
@@ -218,8 +243,9 @@ def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
             f"{sizes}",
             "build it with distribute_tensor or pass from_local its shape",
         )
-    before = sum(sizes[: placement.position])
-    return Shard(placement.group, before, sum(sizes), max(sizes))
+    offsets = tuple(itertools.accumulate(sizes, initial=0))[:-1]
+    offset = offsets[placement.position]
+    return Shard(placement.group, offset, sum(sizes), max(sizes), offsets)
 
 
 def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:

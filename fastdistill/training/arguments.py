@@ -60,9 +60,9 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 
 # The metrics of `evaluate`: for some lower is better, for others higher.
 LOWER_IS_BETTER = ("loss", "nll", "kl", "perplexity")
-HIGHER_IS_BETTER = ("top1", "agreement", "teacher_mass", "student_mass")
+HIGHER_IS_BETTER = ("top1", "agreement", "teacher_mass", "student_mass", "acceptance_rate")
 METRICS = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
-TEACHER_METRICS = ("kl", "agreement", "teacher_mass", "student_mass")
+TEACHER_METRICS = ("kl", "agreement", "teacher_mass", "student_mass", "acceptance_rate")
 
 # Default intervals as fractions of a run, of at most MOST_STEPS steps each.
 LOGGING_SHARE = 0.02

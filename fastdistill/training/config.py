@@ -41,7 +41,8 @@ class DistillConfig(TrainingArguments):
             of both. The teacher scores the student's tokens: a model or a server of `fastdistill
             serve` can, a cache cannot. Use "student" or "union" for the reverse KL and the JSD.
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
-        beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
+        beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences. eta:
+            how fast "lk_hybrid" turns from KL to total variation.
         tail: treatment of the probability outside the k tokens; "bucket" compares it as one
             outcome. A pair of divergence and tail whose minimum is not at the teacher is an error.
         allow_biased: accept a pair whose minimum is at the renormalized teacher: "forward_kl" with
@@ -109,6 +110,7 @@ class DistillConfig(TrainingArguments):
     divergence: str = "forward_kl"
     beta: float = 0.5
     skew: float = 0.1
+    eta: float = 3.0
     tail: str = "bucket"
     allow_biased: bool = False
     temperature: float = 1.0
@@ -174,7 +176,8 @@ class DistillConfig(TrainingArguments):
         resolve_impl(self.impl)
         for name in ("beta", "skew", "ce_weight", "lmbda", "top_p"):
             checks.between(name, getattr(self, name), 0.0, 1.0)
-        checks.between("z_loss", self.z_loss, 0.0)
+        for name in ("z_loss", "eta"):
+            checks.between(name, getattr(self, name), 0.0)
         for name in ("temperature", "sampling_temperature", "top_p"):
             checks.number(name, getattr(self, name))
             checks.positive(name, getattr(self, name))

@@ -34,7 +34,10 @@ from .teacher_view import TeacherView
 from .token_selection import Selection, TokenSelection, weights_of
 
 # Columns of the per-sequence sums that evaluation gathers instead of logits.
-EVAL_COLUMNS = ("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass")
+EVAL_COLUMNS = (
+    *("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass"),
+    "acceptance_rate",
+)
 _LOGGED_SUMS = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
 SCORING_TOPK = 64  # K of the scores that compare with a dense teacher
 
@@ -211,6 +214,7 @@ class Loss:
             divergence=config.divergence,
             beta=config.beta,
             skew=config.skew,
+            eta=config.eta,
             tail=config.tail,
             allow_biased=config.allow_biased,
             temperature=config.temperature,
@@ -230,19 +234,22 @@ class Loss:
     ) -> tuple[Tensor, Tensor]:
         """Return per-sequence sums (B, len(EVAL_COLUMNS)), and the `histograms` of token scores.
 
-        Sums run over all targets: training loss, nll and accuracy; and, with a teacher, KL (bucket
-        tail of its K; whole vocabulary for a dense teacher), agreement on the most likely token,
-        and both masses on its K. Columns that need a teacher are NaN without one.
+        Sums run over all targets: training loss, nll and accuracy; and, with a teacher, KL and
+        acceptance rate (bucket tail of its K; whole vocabulary for a dense teacher), agreement on
+        the most likely token, and both masses on its K. Columns that need a teacher are NaN without
+        one.
         """
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
         compared = self._on_support(hidden, head, answers)
         options = self._options(compared)._replace(backward="auto")
         per_token = _per_token(hidden, head, labels, compared, options)
         scores = self._scores(hidden, head, labels, topk)
-        kl = scores.forward_kl
+        kl, acceptance = scores.forward_kl, scores.acceptance_rate
         if isinstance(compared, TeacherHidden):
-            kl_alone = LossOptions(temperature=options.temperature, impl=options.impl)
-            kl = _per_token(hidden, head, labels, compared, kl_alone)
+            alone = LossOptions(temperature=options.temperature, impl=options.impl)
+            kl = _per_token(hidden, head, labels, compared, alone)
+            tvd = alone._replace(divergence="tvd")
+            acceptance = 1 - _per_token(hidden, head, labels, compared, tvd)
         columns: dict[str, Tensor | None] = {
             "tokens": torch.ones_like(scores.lse),
             "loss": per_token,
@@ -252,6 +259,7 @@ class Loss:
             "agreement": None if topk is None else scores.argmax == _first_choice(topk),
             "teacher_mass": scores.teacher_mass,
             "student_mass": scores.student_mass,
+            "acceptance_rate": acceptance,
         }
         missing = torch.full(
             targets.shape[:1], torch.nan, dtype=torch.float32, device=labels.device

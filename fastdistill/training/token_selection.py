@@ -25,7 +25,7 @@ from ..runtime import checks
 from .targets import Targets
 
 SCORES = tuple(name for name in TokenScores._fields if name != "argmax")
-_OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
+_OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger", "acceptance_rate"}
 _SIGNED = {"max_logprob", "lse"}  # may be negative, so not allowed as weights
 _WORDS = re.compile(
     r"(?P<score>\w+)(?:\s+(?P<side>top|bottom)\s+(?P<share>\S+)"

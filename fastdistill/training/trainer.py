@@ -100,11 +100,11 @@ class DistillTrainer(WholeCheckpoints):
             gets them from a server.
 
     `evaluate` returns loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket
-    tail), agreement (share of positions where both rank the same token first), teacher_mass and
-    student_mass. All are means over target tokens; no logits are gathered. `predict` returns the
-    per-sequence sums, one row of EVAL_COLUMNS each, and the counts of histograms.py as label_ids.
-    `train` also accepts resume_from_checkpoint="auto": the last complete checkpoint, if there is
-    one.
+    tail), agreement (share of positions where both rank the same token first), teacher_mass,
+    student_mass and acceptance_rate Σ min(p, q) (bucket tail). All are means over target tokens; no
+    logits are gathered. `predict` returns the per-sequence sums, one row of EVAL_COLUMNS each, and
+    the counts of histograms.py as label_ids. `train` also accepts resume_from_checkpoint="auto":
+    the last complete checkpoint, if there is one.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19

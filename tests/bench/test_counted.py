@@ -28,6 +28,7 @@ from helpers.counted_memory import (
     N,
     V,
     dense,
+    draft,
     fused,
     recompute,
     streamed_topk,
@@ -61,6 +62,7 @@ SLABS = 4 * 32
         (scoring, 64 * 1.048576, 2, SLABS),
         (streamed_topk, 545, 2, 2 * 10),
         (dense, 2170, 8, 2 * 4),
+        (draft, 2170, 8, 2 * 4),
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )

@@ -178,10 +178,10 @@ def run_everything() -> None:
 def run_divergences(x: Any, w: Any, teacher: Any, labels: Any, options: dict[str, Any]) -> None:
     """The row mathematics of each divergence: alone, or with labels, statistics and a softcap."""
     import fastdistill as fd
-    from fastdistill.kernels.divergences import NAMES
+    from fastdistill.kernels.divergences import SEPARABLE
     from fastdistill.kernels.token_loss import TAILS
 
-    for i, name in enumerate(NAMES):
+    for i, name in enumerate(SEPARABLE):
         tail = TAILS[i % 4] if name != "reverse_kl" else "bucket"
         common = options | {"divergence": name, "tail": tail, "allow_biased": True}
         if "softcap" in options:

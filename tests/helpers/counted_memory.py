@@ -76,5 +76,13 @@ def streamed_topk(e, h, x, t, coef):
 
 
 def dense(e, h, x, t, coef):
-    out = dense_loss.dense(e, h, x, h, x, None, coef, OPTIONS, **NEED)
+    return dense_with(OPTIONS, e, h, x, coef)
+
+
+def draft(e, h, x, t, coef):
+    return dense_with(LossOptions("lk_hybrid"), e, h, x, coef)
+
+
+def dense_with(options, e, h, x, coef):
+    out = dense_loss.dense(e, h, x, dense_loss.DenseTeacher(h, x), None, coef, options, **NEED)
     return out.dx, out.dw

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import fastdistill as fd
-from fastdistill.kernels.divergences import NAMES, minimum_of
+from fastdistill.kernels.divergences import COMBINED, SEPARABLE, minimum_of
 from fastdistill.kernels.token_loss import TAILS
 
 V, K = 12, 4
 VARIANTS = [
-    *[(name, 0.5, 0.1) for name in NAMES],
+    *[(name, 0.5, 0.1) for name in (*SEPARABLE, *COMBINED)],
     *[("jsd", beta, 0.1) for beta in (0.0, 0.1, 0.9, 1.0)],
     *[(f"skew_{way}_kl", 0.5, skew) for way in ("forward", "reverse") for skew in (0.0, 0.5, 0.9)],
 ]
@@ -55,7 +55,8 @@ def test_every_kind_of_pair_is_here():
     assert len(PROPER) + len(BIASED) + len(REFUSED) == len(CASES)
     assert {tail for *_, tail in PROPER} == {"bucket", "truncate", "renorm_both"}
     assert {(name, tail) for name, *_, tail in REFUSED} == {
-        (name, "renorm_teacher") for name in ("reverse_kl", "jsd", "skew_reverse_kl")
+        *((name, "renorm_teacher") for name in ("reverse_kl", "jsd", "skew_reverse_kl")),
+        *((name, tail) for name in COMBINED for tail in ("truncate", "renorm_teacher")),
     }
 
 
@@ -69,7 +70,7 @@ def test_a_proper_loss_is_smallest_at_the_teacher(pair, impl):
     assert at_teacher.abs().max() < 1e-12
     for other in other_students(z):
         assert (losses(other, teacher, pair, impl=impl) >= at_teacher - 1e-12).all()
-    if pair[0] != "tvd":  # it has a corner there
+    if pair[0] not in ("tvd", *COMBINED):  # they have a corner there
         leaf = z.clone().requires_grad_()
         losses(leaf, teacher, pair, impl=impl).sum().backward()
         assert leaf.grad.abs().max() < 1e-12

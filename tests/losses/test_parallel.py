@@ -246,6 +246,37 @@ def dtensor_heads(r: Ranks) -> None:
     r.refused("group: expected None, or the group of", loss, x, w, t, group=another)
 
 
+def dense_teachers(r: Ranks) -> None:
+    """Two heads that are split at the same rows; some shards are all padding."""
+    c, g = case(torch.float64), torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 9, generator=g).double() for n in (12, 67))
+    labels = c.labels.clamp(max=29)
+    labels[[0, 5]] = -100
+    options: dict[str, Any] = {
+        "labels": labels,
+        "ce_weight": 0.3,
+        "z_loss": 1e-3,
+        "temperature": 1.5,
+        "token_weight": torch.linspace(0.5, 2, 12).double(),
+    }
+    shapes = product(("jsd", "nla", "lk_hybrid"), ("mean", "none"), IMPLS)
+    for cut, (name, reduction, impl) in zip(2 * [*CUTS, 40, 53], shapes, strict=False):
+        where = {"divergence": name, "reduction": reduction, "valid_vocab": 67 if cut > 53 else 30}
+
+        def call(x, w, b, group=None, cut=cut, where=where, **impl):
+            rows = weight if group is None else r.rows(weight, cut)
+            of = options | where | impl
+            return [fd.linear_distill_loss(x, w, hidden, rows, bias=b, group=group, **of)]
+
+        r.same(f"{impl} {cut} {where}", call, c, cut, impl)
+    loss = partial(fd.linear_distill_loss, c.hidden, r.rows(c.weight), hidden, group=r.group)
+    rows, other = r.rows(weight), r.rows(weight, 41)
+    r.refused("k: expected None with group", loss, rows, k=3)
+    r.refused("divergence: expected a name with group", loss, rows, divergence=by_hand)
+    r.refused("divergence: expected another than 'argmax", loss, rows, divergence="argmax_ce")
+    r.refused("teacher_weight: expected shards from rows [0, 40], as those", loss, other)
+
+
 def refusals(r: Ranks) -> None:
     c, t = case(torch.float64), top_k(case().teacher_logits, 5)
     x, w, loss = c.hidden, r.rows(c.weight), partial(fd.topk_distill_loss, group=r.group)
@@ -272,6 +303,7 @@ CHECKS = [
     parts_beyond_16_bits,
     nothing_counts_and_frozen_parts,
     heads_of_nearly_the_same_size,
+    dense_teachers,
     refusals,
 ]
 

@@ -34,6 +34,8 @@ def step(loss, student):
 def divergence(p, q, name, beta):
     kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
     m, mixed = beta * p + (1 - beta) * q, 0.1 * p + 0.9 * q
+    overlap = torch.minimum(p, q).sum(-1)
+    share = (-3 * overlap.detach()).exp()
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
@@ -42,6 +44,9 @@ def divergence(p, q, name, beta):
         "hellinger": lambda: 1 - (p * q).sqrt().sum(-1),
         "skew_forward_kl": lambda: kl(p, mixed),
         "skew_reverse_kl": lambda: kl(q, 0.9 * p + 0.1 * q),
+        "nla": lambda: -overlap.log(),
+        "lk_hybrid": lambda: share * kl(p, q) + (1 - share) * (1 - overlap),
+        "argmax_ce": lambda: -q.gather(-1, p.argmax(-1, keepdim=True))[:, 0].log(),
     }[name]()
 
 
@@ -79,6 +84,8 @@ def test_dense_evaluation_is_exact(tmp_path):
     assert metrics["eval_kl"] == pytest.approx(
         divergence(p, q, "forward_kl", 0).mean().item(), 1e-5
     )
+    overlap = torch.minimum(p, q).sum(-1).mean().item()
+    assert metrics["eval_acceptance_rate"] == pytest.approx(overlap, 1e-5)
     assert metrics["eval_nll"] == pytest.approx(F.cross_entropy(z, labels).item(), 1e-5)
     agree = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert metrics["eval_agreement"] == pytest.approx(agree)

@@ -37,7 +37,7 @@ COSTS = {
 # Settings that change the loss itself; those of _COMPARISON change the KL to the teacher too.
 _COMPARISON = {"k", "temperature", "teacher"}
 _OBJECTIVE = _COMPARISON | {
-    *("divergence", "beta", "skew", "support", "tail", "t2_scale", "ce_weight", "z_loss"),
+    *("divergence", "beta", "skew", "eta", "support", "tail", "t2_scale", "ce_weight", "z_loss"),
     *("token_selection", "lmbda"),
 }
 SCORES = {

@@ -29,6 +29,9 @@ _DIVERGENCE_TEXT = {
     "hellinger": "squared Hellinger",
     "skew_forward_kl": "KL(teacher ‖ mix), skew = {skew:g}",
     "skew_reverse_kl": "KL(student ‖ mix), skew = {skew:g}",
+    "nla": "negative log of the acceptance rate",
+    "lk_hybrid": "KL(teacher ‖ student) and total variation, eta = {eta:g}",
+    "argmax_ce": "cross-entropy of the teacher's most likely token",
 }
 _TAIL_TEXT = {
     "bucket": "compared as one more outcome",
@@ -195,7 +198,9 @@ def first_batch(
 
 
 def _objective(config: DistillConfig, sampled: bool) -> str:
-    divergence = _DIVERGENCE_TEXT[config.divergence].format(beta=config.beta, skew=config.skew)
+    divergence = _DIVERGENCE_TEXT[config.divergence].format(
+        beta=config.beta, skew=config.skew, eta=config.eta
+    )
     weight = 0.0 if sampled else config.ce_weight
     if not weight:
         return divergence

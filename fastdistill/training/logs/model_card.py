@@ -18,6 +18,7 @@ _EVALUATED = {
     "eval_agreement": "same most likely token as the teacher",
     "eval_teacher_mass": "teacher's mass on its k tokens",
     "eval_student_mass": "student's mass on them",
+    "eval_acceptance_rate": "acceptance rate of speculative decoding, {compared}",
     "eval_nll": "negative log-likelihood of the text, nats per token",
     "eval_perplexity": "perplexity",
     "eval_top1": "accuracy of the next token",
@@ -106,6 +107,7 @@ def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:
     is_relevant = {
         "beta": config.divergence == "jsd",
         "skew": config.divergence.startswith("skew"),
+        "eta": config.divergence == "lk_hybrid",
         "support": config.support != "teacher",
         "tail": config.k is not None,
         "temperature": True,
