@@ -17,6 +17,8 @@ PEERS = {
     "compressed_tensors",
     "deepspeed",
     "inspect_ai",
+    "lm_eval",
+    "openai",
     "ray",
     "scipy",
     "torchao",

@@ -15,6 +15,8 @@ from fastdistill.teachers.http import make_app
 from fastdistill.teachers.http.server import listen, make_server, url_of
 
 MODEL = "a-teacher"
+# lm-eval 0.4.13, local-completions, a request for log-likelihoods without its model and prompt.
+LM_EVAL = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
 
 
 @contextmanager

@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN, _BYTES_OVERHEAD = 16, 1 << 16  # of a request's body
 _BYTES_PER_SCORED_ID = 10
-_POLL_SECONDS = 1.0  # seconds between checks that the client is still connected
 _PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # limits for the next piece of a body, and for all of it
 _MAX_WRITERS = 2  # JSON answers that are encoded at a time: each takes some hundred MB
 
@@ -133,6 +132,8 @@ class Application:
         completion = completion_question(await self._json_body(request), self._limits)
         answers = await self._answers(request, completion.question)
         async with self._writing:
+            if await request.is_disconnected():
+                raise ClientDisconnect
             body = await run_in_threadpool(
                 completion_json, completion, answers, name=self.name, tokenizer=self._tokenizer
             )
@@ -162,13 +163,15 @@ class Application:
 
     async def _answers(self, request: Request, question: Question) -> list[RowAnswer]:
         try:
-            waiting = asyncio.wrap_future(self._worker.submit(question))
+            waiting: asyncio.Future[Any] = asyncio.wrap_future(self._worker.submit(question))
         except Full:
             raise RequestError(503, "the queue is full, retry later", retry_after=2) from None
-        while not (await asyncio.wait({waiting}, timeout=_POLL_SECONDS))[0]:
-            if await request.is_disconnected():
-                waiting.cancel()
-                raise ClientDisconnect
+        leaving: asyncio.Future[Any] = asyncio.ensure_future(_left(request))
+        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            raise ClientDisconnect
         if waiting.cancelled():
             raise RequestError(503, "the server is stopping", retry_after=2)
         error = waiting.exception()
@@ -180,7 +183,13 @@ class Application:
             status = 400 if of_client and not isinstance(error, NotNumbers) else 500
             message = f"the teacher failed: {type(error).__name__}: {printable(error)}"
             raise RequestError(status, message)
-        return waiting.result()
+        return list(waiting.result())
+
+
+async def _left(request: Request) -> None:
+    """Return when the client leaves. The body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _packed(answers: list[RowAnswer]) -> bytes:
@@ -214,7 +223,9 @@ async def _failed(request: Request, error: Exception) -> Response:
         logger.info("a client left before its answer to %s", printable(request.url.path))
         return Response(status_code=499)  # not delivered
     if isinstance(error, HTTPException):  # no such route
-        error = RequestError(error.status_code, f"{request.url.path}: {error.detail}")
+        served = ", ".join(route.path for route in request.app.routes)
+        message = f"path: expected one of {served}, got {request.method} {request.url.path}"
+        error = RequestError(error.status_code, f"{message} ({error.detail})")
     if not isinstance(error, RequestError):
         error = RequestError(500, type(error).__name__)
     return error_response(error)

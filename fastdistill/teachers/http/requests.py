@@ -14,6 +14,7 @@ from ...runtime.printable import printable
 MAX_SCORED_IDS = 1 << 21  # in one request: about 16 MB of text
 MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
 _TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers
+_TEXT = ". Encode text with the teacher's tokenizer (lm-eval: tokenized_requests=True)"
 _COMMON = frozenset(("model", "prompt", "temperature"))
 _TOPK = _COMMON | {"k", "ids"}
 _COMPLETION = _COMMON | {"max_tokens", "prompt_logprobs", "logprobs", "echo", "seed", "user"}
@@ -208,7 +209,7 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
     if rows is not None and not any(isinstance(row, list) for row in rows):
         rows = [rows]  # one prompt
     if rows is None or not all(isinstance(row, list) and row for row in rows):
-        _fail("prompt", "lists of token ids, none of them empty", prompt)
+        _fail("prompt", "lists of token ids, none of them empty", prompt, _TEXT)
     total = sum(map(len, rows))
     if total > limits.max_tokens:
         _fail("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
@@ -219,7 +220,8 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
             _fail("prompt", expected, got)
         for token in row:
             if type(token) is not int or not 0 <= token < limits.vocab:
-                _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token)
+                remedy = _TEXT if isinstance(token, str) else ""
+                _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token, remedy)
     return rows
 
 
@@ -249,5 +251,6 @@ def _scored_ids(ids: Any, rows: list[list[int]], limits: Limits) -> list[list[li
     return ids
 
 
-def _fail(field: str, expected: str, got: Any) -> NoReturn:
-    raise RequestError(400, f"{field}: expected {expected}, got {printable(got, 120)}", field)
+def _fail(field: str, expected: str, got: Any, remedy: str = "") -> NoReturn:
+    message = f"{field}: expected {expected}, got {printable(got, 120)}{remedy}"
+    raise RequestError(400, message, field)

@@ -69,15 +69,15 @@ class Worker:
         """Cancel queued questions and return when the current one is answered."""
         with self._changed:
             self._closed = True
-            for waiting in self._queue:
+            for waiting in list(self._queue):
                 waiting.future.cancel()
-            self._queue.clear()
             self._changed.notify()
         self._thread.join()
 
     def submit(self, question: Question) -> Future[list[RowAnswer]]:
-        """Queue a question; raise Full if there is no room."""
+        """Queue a question; raise Full if there is no room. Cancelling the future withdraws it."""
         future: Future[list[RowAnswer]] = Future()
+        future.add_done_callback(self._withdraw)
         with self._changed:
             before = sum(waiting.question.tokens for waiting in self._queue)
             if self._closed or (self._queue and before + question.tokens > self._limit):
@@ -85,6 +85,11 @@ class Worker:
             self._queue.append(_Waiting(question, future))
             self._changed.notify()
         return future
+
+    def _withdraw(self, future: Future[list[RowAnswer]]) -> None:
+        if future.cancelled():
+            with self._changed:
+                self._queue = deque(w for w in self._queue if w.future is not future)
 
     def _run(self) -> None:
         while batch := self._next():

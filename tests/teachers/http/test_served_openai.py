@@ -15,12 +15,10 @@ from transformers import AutoTokenizer
 from fastdistill import Teacher
 from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.teachers.http import ServedTeacher, requests
-from helpers.served import ours
+from helpers.served import LM_EVAL, ours
 from helpers.training import VOCAB, llama, peaked
 
 ROW = [5, 9, 14, 3, 3]
-# lm-eval 0.4.13, local-completions, a request for log-likelihoods.
-LM_EVAL = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +182,22 @@ def test_what_would_change_the_answer_is_refused_by_name(url, field, value):
     status, answer = completion(url, **{"max_tokens": 1, field: value})
     assert status == 400
     assert answer["error"]["message"].startswith(f"{field!r}"[1:-1] + ": expected")
+
+
+@pytest.mark.parametrize("prompt", ["a text", ["a text", "two"], [[5], "a text"]])
+def test_a_text_is_refused_with_the_remedy(url, prompt):
+    status, answer = ask(url, "/v1/completions", {"prompt": prompt, **LM_EVAL})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert re.search("Encode text with the teacher's tokenizer", answer["error"]["message"])
+
+
+def test_what_is_not_served_is_refused_with_what_is(url):
+    for path, got in (("/v1/chat/completions", "POST"), ("/v1/topk", "GET")):
+        status, answer = ask(url, path, {"messages": []} if got == "POST" else None)
+        assert status in (404, 405)
+        message = answer["error"]["message"]
+        assert "/v1/completions, got" in message
+        assert f"got {got} {path}" in message
 
 
 def test_unknown_fields_of_the_packed_form(url):

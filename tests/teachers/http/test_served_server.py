@@ -141,22 +141,6 @@ def test_questions_that_wait_are_put_together_and_a_full_queue_says_so():
     assert max(teacher.sizes) > 1
 
 
-@pytest.mark.slow
-def test_a_client_that_went_away_is_not_answered():
-    teacher = Held(peaked())
-    with ours(teacher) as url:
-        client = ServedTeacher(url, timeout=0.3, retries=0)
-        for k in (2, 3):  # the first is under way, the second waits
-            with pytest.raises(ConnectionError, match="no whole answer within"):
-                client.topk(IDS, k=k)
-        time.sleep(1.5)
-        teacher.go.set()
-        patient = ServedTeacher(url)
-        patient.topk(IDS, k=4)
-        patient.close()
-    assert len(teacher.sizes) == 2
-
-
 def test_a_teacher_that_fails(caplog, monkeypatch):
     teacher = Teacher(peaked())
 

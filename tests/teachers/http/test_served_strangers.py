@@ -80,17 +80,16 @@ def leave_while_waiting(client):
 
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("leave", [leave_in_the_head, leave_in_the_body, leave_while_waiting])
-def test_a_client_that_leaves_costs_a_line(leave, caplog, monkeypatch):
-    monkeypatch.setattr(app, "_POLL_SECONDS", 0.05)
+def test_a_client_that_leaves_costs_a_line(leave, caplog):
     caplog.set_level(logging.INFO)
     teacher = Held(peaked())
     with ours(teacher) as url:
         for _ in range(3):
             client = connected(url)
             leave(client)
-            time.sleep(0.2)
+            time.sleep(0.1)
             client.close()
-        time.sleep(0.5)
+        time.sleep(0.2)
         teacher.go.set()
         assert ask(url, BODY)[0] == 200
     ours_lines = [r for r in caplog.records if r.name.startswith(("fastdistill", "uvicorn"))]
@@ -98,20 +97,6 @@ def test_a_client_that_leaves_costs_a_line(leave, caplog, monkeypatch):
     assert lines == ["a client left before its answer to /v1/topk"] * (
         0 if leave is leave_in_the_head else 3
     )
-    assert all(record.exc_info is None for record in caplog.records)
-
-
-def test_a_client_that_does_not_read_its_answer(caplog, monkeypatch):
-    """It leaves in the middle of it."""
-    with ours(Teacher(peaked())) as url:
-        client = connected(url)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = json.dumps({"prompt": [[3] * 60] * 60, "prompt_logprobs": 50}).encode()
-        client.sendall(head(len(body)).replace(b"topk", b"completions") + body)
-        time.sleep(1.0)
-        client.close()
-        time.sleep(0.3)
-        assert ask(url, BODY)[0] == 200
     assert all(record.exc_info is None for record in caplog.records)
 
 
