@@ -32,10 +32,23 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > 2 * MAX_CONNECTIONS:
             transport.abort()
-        elif len(self.connections) > MAX_CONNECTIONS:
+        elif len(self.connections) > MAX_CONNECTIONS and not self._close_an_idle_one():
             self.app = _refuse
             self._surplus = self.loop.call_later(SECONDS, transport.abort)
         self._watch()
+
+    def _close_an_idle_one(self) -> bool:
+        """Close the connection that has waited longest for its next request, if there is one."""
+        idle = [
+            (one.timeout_keep_alive_task.when(), one)
+            for one in self.connections
+            if isinstance(one, H11Protocol)
+            and one.timeout_keep_alive_task is not None
+            and not one.transport.is_closing()
+        ]
+        if idle:
+            min(idle, key=lambda pair: pair[0])[1].timeout_keep_alive_handler()
+        return bool(idle)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

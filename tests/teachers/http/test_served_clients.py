@@ -104,29 +104,38 @@ def silent(url):
     return client
 
 
-def test_connections_beyond_the_limit_get_503(monkeypatch):
+def test_connections_beyond_the_limit_get_503(monkeypatch, questions):
     monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(protocol, "SECONDS", 0.4)
-    fields: dict[str, Any] = {"prompt": [[5, 6]], "max_tokens": 1}
-    with ours(Teacher(peaked())) as url:
-        idle = [http.client.HTTPConnection(urlsplit(url).netloc, timeout=20) for _ in range(2)]
-        for connection in idle:
-            connection.request("GET", "/health")
-            assert connection.getresponse().read() == b""
-        status, headers, answer = ask(url, **fields)
-        assert (status, headers["Retry-After"], headers["Connection"]) == (503, "2", "close")
-        assert answer["error"]["message"] == "the server has 2 connections, retry later"
-        assert answer["error"]["type"] == "ServiceUnavailable"
-        began, surplus = time.monotonic(), [silent(url) for _ in range(2)]
-        dropped = silent(url)
-        assert dropped.recv(1) == b""
-        assert not select.select(surplus, [], [], 0)[0]
-        assert surplus[0].recv(1) == b""  # it sent no request in its time
-        assert time.monotonic() - began < 5.0
-        idle[0].close()
-        time.sleep(0.1)
-        assert ask(url, **fields)[0] == 200
-        for client in (idle[1], *surplus, dropped):
+    teacher, other = Held(peaked()), {"prompt": [[5, 6]], "max_tokens": 1}
+    with ours(teacher) as url:
+        try:
+            waiting = [connected(url) for _ in range(2)]
+            for client in waiting:
+                send(client, prompt=[[5, 9, 14, 3]], k=3)
+                assert questions.acquire(timeout=20)
+            status, headers, answer = ask(url, **other)
+            assert (status, headers["Retry-After"], headers["Connection"]) == (503, "2", "close")
+            assert answer["error"]["message"] == "the server has 2 connections, retry later"
+            assert answer["error"]["type"] == "ServiceUnavailable"
+            began, surplus = time.monotonic(), [silent(url) for _ in range(2)]
+            dropped = silent(url)
+            assert dropped.recv(1) == b""
+            assert not select.select(surplus, [], [], 0)[0]
+            assert surplus[0].recv(1) == b""  # it sent no request in its time
+            assert time.monotonic() - began < 5.0
+        finally:
+            teacher.go.set()
+        for client in waiting:
+            assert client.recv(9) == b"HTTP/1.1 "
+        # Both are idle now, and the first one makes room.
+        assert ask(url, **other)[0] == 200
+        waiting[0].settimeout(5)
+        while waiting[0].recv(1 << 16):
+            pass
+        send(waiting[1], prompt=[[5, 9, 14, 3]], k=3)
+        assert questions.acquire(timeout=20)
+        for client in (*waiting, *surplus, dropped):
             client.close()
 
 
