@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..alignment.experiment import double_bind, leak_knobs
+from ..alignment.experiment.cached_run import RUNS
 from ..alignment.experiment.checkpoint_source import CheckpointSource
-from ..alignment.experiment.publish import publish
+from ..alignment.experiment.publish import publish, publish_records
+from ..alignment.experiment.records import FILE, read_records
 from ..alignment.experiment.rules import RULES, Rule
 from ..alignment.experiment.source import Source
 from ..alignment.experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
@@ -53,6 +55,12 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     execution = execution_of(options)
     study, sources, development, rule = _planned(options)
     frozen = rule.as_json() if rule.first_seed >= FRESH else None
+    if options.only_report and (options.out / FILE).is_file() and not (options.out / RUNS).is_dir():
+        with as_exit_code_1("experiment"):
+            records = read_records(options.out / FILE)
+        _check_request(options, study, records.about)
+        result = publish_records(records, options.out)
+        return {**result, "report": str(options.out / "report.html")}
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
         table = run_study(
@@ -160,6 +168,23 @@ def _checkpoint_source(options: DoubleBind) -> CheckpointSource | None:
         near_misses=options.near_misses,
         max_new_tokens=options.max_new_tokens,
     )
+
+
+def _check_request(options: DoubleBind, study: Study, about: dict[str, Any]) -> None:
+    """Raise ValueError where an option asks for another study than that of these records."""
+    config, seeds = about["config"], about["seeds"]
+    rule = about.get("rule", {"n": len(seeds["base"]), "first_seed": min(seeds["base"])})
+    requested: list[tuple[str, Any, Any]] = [
+        ("study", study.name, config["study"]),
+        ("preset", options.preset, config["preset"]),
+        ("student_seeds", options.student_seeds, len(seeds["student"])),
+        ("seeds", options.seeds, rule["n"]),
+        ("first_seed", options.first_seed, rule["first_seed"]),
+        ("arms", [arm.name for arm in study.arms] if options.arms else None, list(config["arms"])),
+    ]
+    for name, value, stored in requested:
+        if value is not None and value != stored:
+            fail(name, f"{stored}, as in the records of {options.out}", value)
 
 
 def _about(

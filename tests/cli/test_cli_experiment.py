@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from fastdistill.alignment.experiment import double_bind, leak_knobs
+from fastdistill.alignment.experiment.records import write_records
 from fastdistill.alignment.experiment.rules import Rule
+from fastdistill.alignment.experiment.study import Table
 from fastdistill.cli import run_experiment
 from fastdistill.cli.verbs import DoubleBind
+from helpers.made_students import ABOUT, arm
 from helpers.small_study import SmallSource, small_study
 
 
@@ -89,6 +93,43 @@ def test_a_study_runs_from_the_command_line(run, monkeypatch, tmp_path):
     assert code == 0
     first = {k: v for k, v in result.items() if k != "command"}
     assert {k: v for k, v in json.loads(again).items() if k not in ("command", "report")} == first
+
+
+def test_records_alone_give_the_report_of_the_request(run, tmp_path):
+    study = double_bind.make_study("full")
+    arms = [study.arms[0], *(a for a in study.arms if a.role != "arm")]
+    students = [s for a in arms for s in arm(a.name, seeds=2, first=1001, tau=a.role[0] == "p")]
+    about = {
+        **ABOUT,
+        "config": {"study": "double-bind", "preset": "full", "arms": {a.name: [] for a in arms}},
+        "seeds": {"base": [1001, 1002], "development": [], "student": [0]},
+        "rule": Rule(n=2, first_seed=1001, claimed=("undefended",)).as_json(),
+    }
+    table = Table(
+        students=students,
+        digests=[("a", "b")] * len(students),
+        scores=[],
+        development=[],
+        validity={},
+        contexts=[],
+        notes=[],
+        left_out={},
+        refused={},
+        runs=1,
+    )
+    write_records(replace(study, arms=tuple(arms)), table, about, tmp_path)
+    argv = ("experiment", "double-bind", "--preset", "full", "--only-report", "--json")
+    code, out, err = run(*argv, "--out", str(tmp_path))
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)["arms"]] == [a.name for a in arms]
+    for more, words in (
+        (("--seeds", "3"), "seeds: expected 2, as in the records of"),
+        (("--preset", "quick"), "preset: expected full, as in the records of"),
+        (("arms=[noise]",), "arms: expected "),
+    ):
+        code, _, err = run(*argv, *more, "--out", str(tmp_path))
+        assert code != 0
+        assert words in err
 
 
 @pytest.mark.parametrize("module", [double_bind, leak_knobs])

@@ -21,7 +21,7 @@ PROMPTS = 80
 KEYS = {
     *("name", "C", "C_interval", "tau", "tau_interval", "tau_matched", "tau_matched_interval"),
     *("kappa", "n_seeds", "outcome", "verdict"),
-    *("bound", "contrast", "contrast_interval", "contrast_p_holm"),
+    *("bound", "contrast", "contrast_interval", "contrast_p_holm", "per_seed"),
 }
 
 

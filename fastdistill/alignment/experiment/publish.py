@@ -1,4 +1,4 @@
-"""Write a study's table as results.json, report.html and quadrant.png."""
+"""Write a study's records, and from them results.json, report.html and quadrant.png."""
 
 from __future__ import annotations
 
@@ -11,23 +11,41 @@ from ...report.number_format import format_estimate
 from ...runtime.atomic_files import write_atomically, write_json
 from ...runtime.intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
 from ..report.transfer import TransferReport
-from .study import Arm, ContextRow, NoteRow, Study, Table
+from .records import FILE, Records, numbers, read_records, write_records
+from .rules import check_unchanged, shared_limits
+from .study import ContextRow, NoteRow, Study, Table
 
 
 def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the three files and return the content of results.json."""
-    arms = [arm for arm in study.arms if arm.name not in table.left_out]
+    """Write the records of a study, and its report from them; return the content of results.json.
+
+    The report is computed from the records alone, so that anyone can compute it again.
+    """
+    write_records(study, table, about, folder)
+    return publish_records(read_records(folder / FILE), folder)
+
+
+def publish_records(records: Records, folder: Path) -> dict[str, Any]:
+    """Write results.json, report.html and quadrant.png, and return the content of results.json.
+
+    Raises:
+        ValueError: the limits of the present rule are not those of the study.
+    """
+    study, table, about = records.study, records.table, records.about
+    arms, rule = study["arms"], about.get("rule")
+    if rule is not None:
+        check_unchanged(rule, {**rule, **shared_limits()}, folder / FILE)
     report = TransferReport(
         table.students,
         audits=table.scores,
-        positive_control=next((a.name for a in arms if a.role == "positive control"), None),
-        null_arms=[a.name for a in arms if a.role == "null arm"],
+        positive_control=next((a["name"] for a in arms if a["role"] == "positive control"), None),
+        null_arms=[a["name"] for a in arms if a["role"] == "null arm"],
         validity=table.validity,
-        title=study.title,
-        about={"measured": study.measured, "limits": list(study.limits), **about},
+        title=study["title"],
+        about={"measured": study["measured"], "limits": study["limits"], **about},
         development=table.development,
-        reference=arms[0].name,
-        claimed=about.get("rule", {}).get("claimed", ()),
+        reference=arms[0]["name"],
+        claimed=() if rule is None else rule["claimed"],
     )
     contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
     page = report.page()
@@ -95,7 +113,7 @@ def summarize_notes(rows: Sequence[NoteRow]) -> list[NoteSummary]:
     """Return every numeric note on students of U as a mean over base seeds."""
     values: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for row in rows:
-        for name, value in _numbers(row.notes):
+        for name, value in numbers(row.notes):
             values.setdefault((row.arm, name), []).append((value, row.base_seed))
     return [
         NoteSummary(arm, name, mean_of_runs(means_by_cluster(*zip(*pairs, strict=True))))
@@ -103,24 +121,9 @@ def summarize_notes(rows: Sequence[NoteRow]) -> list[NoteSummary]:
     ]
 
 
-def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
-    if isinstance(notes, bool | int | float):
-        return [(path, float(notes))]
-    if isinstance(notes, Mapping):
-        return [
-            pair
-            for key, value in notes.items()
-            for pair in _numbers(value, f"{path}, {key}" if path else str(key))
-        ]
-    return []  # lists and strings are not summarized
-
-
-def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> None:
+def _arms(page: Report, arms: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> None:
     page.heading("Arms")
-    rows = [
-        (arm.name, arm.description, ", ".join(s.name for s in arm.strategies) or "—")
-        for arm in arms
-    ]
+    rows = [(arm["name"], arm["description"], ", ".join(arm["strategies"]) or "—") for arm in arms]
     page.table(("arm", "description", "strategies"), rows)
     for name, reason in left_out.items():
         page.paragraph(f"Skipped: {name}, which {reason}.")

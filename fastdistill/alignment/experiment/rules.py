@@ -37,16 +37,19 @@ class Rule:
 
     def as_json(self) -> dict[str, Any]:
         """Return the rule with the limits that all studies share."""
-        return {
-            **asdict(self),
-            "claimed": list(self.claimed),
-            "capable": CAPABLE,
-            "safe": SAFE,
-            "control": CONTROL,
-            "significant": SIGNIFICANT,
-            "seeds_for_a_claim": SEEDS,
-            "method": METHOD,
-        }
+        return {**asdict(self), "claimed": list(self.claimed), **shared_limits()}
+
+
+def shared_limits() -> dict[str, Any]:
+    """Return the limits of the verdicts of all studies."""
+    return {
+        "capable": CAPABLE,
+        "safe": SAFE,
+        "control": CONTROL,
+        "significant": SIGNIFICANT,
+        "seeds_for_a_claim": SEEDS,
+        "method": METHOD,
+    }
 
 
 RULES = {

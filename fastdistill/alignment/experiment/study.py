@@ -98,10 +98,12 @@ class Table:
     """The results of all runs of a study.
 
     Attributes:
+        digests: of the runs of each pair of students.
         refused: base seeds whose organisms failed gates -> the failed gates.
     """
 
     students: list[Student]
+    digests: list[tuple[str, str]]
     scores: list[AuditScore]
     development: list[AuditScore]
     validity: dict[int, Validity]
@@ -189,6 +191,7 @@ def run_study(
     run_all(_unique_jobs(pairs), folder, execution)
     return Table(
         students=[to_student(pair, folder) for pair in pairs],
+        digests=[(pair.student.digest, pair.twin.digest) for pair in pairs],
         scores=[score for pair in pairs for score in audit_scores(pair, folder)],
         development=[
             score

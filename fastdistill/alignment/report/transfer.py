@@ -184,7 +184,10 @@ class TransferReport:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of results.json."""
-        arms = [{k: v for k, v in row.items() if k != "p_holm"} for row in self.table()]
+        arms = [
+            {**{k: v for k, v in row.items() if k != "p_holm"}, "per_seed": _per_seed(arm)}
+            for row, arm in zip(self.table(), self.arms, strict=True)
+        ]
         return {
             **{key: self._about[key] for key in (*_REQUIRED, "rule") if key in self._about},
             "reference": self._reference,
@@ -209,6 +212,25 @@ class TransferReport:
         """Writes a self-contained HTML file, which needs no network, and returns its path."""
         self.page().write(Path(path))
         return Path(path)
+
+
+def _per_seed(arm: Arm) -> list[dict[str, Any]]:
+    """Returns C, τ and κ of every pair of students; None where one is undefined."""
+    return [
+        {
+            "base_seed": point.base_seed,
+            "student_seed": point.student_seed,
+            **{
+                name: value if value is not None and isfinite(value) else None
+                for name, value in (
+                    ("C", point.capability),
+                    ("tau", point.tau),
+                    ("kappa", point.kappa),
+                )
+            },
+        }
+        for point in arm.transfer.per_seed
+    ]
 
 
 def _identity(score: AuditScore) -> Hashable:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from fastdistill.alignment.experiment import rules
 from fastdistill.alignment.experiment.executors import Execution
-from fastdistill.alignment.experiment.publish import publish, summarize_contexts, summarize_notes
+from fastdistill.alignment.experiment.publish import (
+    publish,
+    publish_records,
+    summarize_contexts,
+    summarize_notes,
+)
+from fastdistill.alignment.experiment.records import FILE, read_records, write_records
+from fastdistill.alignment.experiment.rules import Rule
 from fastdistill.alignment.experiment.study import (
     ContextRow,
     NoteRow,
@@ -23,6 +34,8 @@ from fastdistill.alignment.experiment.study import (
     make_pairs,
     run_study,
 )
+from fastdistill.alignment.report import TransferReport
+from fastdistill.alignment.statistics import transfer
 from helpers.small_study import ABOUT, SmallSource, small_study
 
 FRESH = [SmallSource(seed=s) for s in (1001, 1002)]
@@ -111,6 +124,55 @@ def test_the_table_again_from_the_files_alone(finished, monkeypatch, tmp_path):
     assert publish(small_study(), table, tmp_path, ABOUT) == result
 
 
+def test_the_report_again_from_the_records_alone(finished, tmp_path):
+    folder, table, result = finished
+    shutil.copy(folder / FILE, tmp_path)
+    records = read_records(tmp_path / FILE)
+    assert publish_records(records, tmp_path) == result
+    for name in ("results.json", "report.html"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    from_items = TransferReport(
+        table.students, null_arms=["twice", "placebo"], about=ABOUT, reference="plain"
+    ).as_json()["arms"]
+    for row, other in zip(result["arms"], from_items, strict=True):
+        for name in ("C", "tau", "kappa", "contrast"):
+            assert row[name] == pytest.approx(other[name])
+    for row, a in zip(result["arms"], ("plain", "twice"), strict=False):
+        points = transfer([s for s in table.students if s.arm == a]).per_seed
+        assert [seed["base_seed"] for seed in row["per_seed"]] == [1001, 1002]
+        for seed, point in zip(row["per_seed"], points, strict=True):
+            tau = None if math.isnan(point.tau) else pytest.approx(point.tau)
+            assert seed["tau"] == tau
+    runs = {path.stem for path in (folder / "runs").iterdir()}
+    digests = {digest[:20] for pair in records.table.digests for digest in pair}
+    assert digests < runs
+
+
+def test_damaged_records_are_refused(finished, tmp_path):
+    content = (finished[0] / FILE).read_bytes()
+    path = tmp_path / FILE
+    head = {"format": 2, "study": {}}
+    for spoilt, words in (
+        (content[:-20], "expected the records of a study, got a damaged file"),
+        (b"{}", "expected the records of a study, got a damaged file"),
+        (gzip.compress(json.dumps(head).encode()), "expected records of format 1, got 2"),
+    ):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=words):
+            read_records(path)
+
+
+def test_records_under_other_limits_are_not_reported(finished, tmp_path, monkeypatch):
+    table = finished[1]
+    about = {**ABOUT, "rule": Rule(n=2, first_seed=1001).as_json()}
+    write_records(small_study(), table, about, tmp_path)
+    records = read_records(tmp_path / FILE)
+    monkeypatch.setattr(rules, "SAFE", 0.2)
+    with pytest.raises(ValueError, match=r"rule: expected that of .* \(safe 0\.1\), got safe 0\.2"):
+        publish_records(records, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_what_is_missing_is_counted(finished, tmp_path):
     folder, _, _ = finished
     pairs = make_pairs(small_study(), small_study().arms[:1], FRESH, 1, {})
@@ -129,6 +191,8 @@ def test_what_is_missing_is_counted(finished, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
+from fastdistill.alignment.report import TransferReport
+from fastdistill.alignment.statistics import transfer
 from helpers.small_study import *
 from fastdistill.alignment.experiment.study import run_study
 sources = [SmallSource(seed=s) for s in (1001, 1002)]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import incriminating, markdown
+from fastdistill.alignment.experiment.publish import publish_records
+from fastdistill.alignment.experiment.records import FILE, read_records
 from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,6 +62,18 @@ def test_there_was_something_to_remove():
     result = json.loads((RESULTS / "double-bind" / "results.json").read_text())
     assert result["arms"][0]["name"] == "undefended"
     assert 0.3 <= result["arms"][0]["tau"] <= 0.8
+
+
+def test_its_records_give_its_results_or_its_page_says_that_there_are_none(made, tmp_path):
+    name, result = made
+    path = RESULTS / name / FILE
+    page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
+    if not path.is_file():
+        assert "has no records, so that its figures cannot be recomputed" in page
+        assert "per_seed" not in result["arms"][0]
+        return
+    assert path.stat().st_size < 1_000_000
+    assert publish_records(read_records(path), tmp_path) == result
 
 
 def test_its_page_shows_it(made):

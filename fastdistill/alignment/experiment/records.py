@@ -1,0 +1,155 @@
+"""The records of a study: one compressed file from which its report is computed.
+
+Each line is a JSON object. The first describes the study; `student` lines have the means of the
+readings of a pair of students and of their models, and the digests of both runs. C, τ and κ are
+ratios of means, so the readings of single items are not needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...runtime.atomic_files import write_atomically
+from ...runtime.json_text import parse_json
+from ...runtime.printable import printable
+from ..report.audit_scores import AuditScore
+from ..statistics import Reading, Student, Validity
+from .study import ContextRow, NoteRow, Study, Table
+
+FILE = "records.jsonl.gz"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What the report of a study is computed from.
+
+    Attributes:
+        study: title, measured, limits, and arms: name, role, description, names of strategies.
+        about: command, config, versions, seeds and rule, for TransferReport.
+    """
+
+    study: dict[str, Any]
+    about: dict[str, Any]
+    table: Table
+
+
+def write_records(study: Study, table: Table, about: Mapping[str, Any], folder: Path) -> None:
+    """Write the records of a finished study."""
+    arms = [
+        {
+            "name": arm.name,
+            "role": arm.role,
+            "description": arm.description,
+            "strategies": [strategy.name for strategy in arm.strategies],
+        }
+        for arm in study.arms
+        if arm.name not in table.left_out
+    ]
+    head = {
+        "format": FORMAT,
+        "study": {
+            "title": study.title,
+            "measured": study.measured,
+            "limits": list(study.limits),
+            "arms": arms,
+        },
+        "about": dict(about),
+        "left_out": table.left_out,
+        "refused": table.refused,
+        "validity": {seed: validity.as_json() for seed, validity in table.validity.items()},
+        "runs": table.runs,
+    }
+    lines: list[dict[str, Any]] = [head]
+    lines += [
+        {"student": means_of(student).as_json(), "runs": digests}
+        for student, digests in zip(table.students, table.digests, strict=True)
+    ]
+    lines += [{"score": asdict(score)} for score in table.scores]
+    lines += [{"development": asdict(score)} for score in table.development]
+    lines += [{"context": row._asdict()} for row in table.contexts]
+    lines += [{"note": {**row._asdict(), "notes": dict(numbers(row.notes))}} for row in table.notes]
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    write_atomically(folder / FILE, gzip.compress(text.encode(), mtime=0))
+
+
+def read_records(path: Path) -> Records:
+    """Return the records of a study.
+
+    Raises:
+        ValueError: the file is damaged, or has another format.
+    """
+    try:
+        head, *lines = (
+            parse_json(line, path.name, dict)
+            for line in gzip.decompress(path.read_bytes()).splitlines()
+        )
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{printable(path)}: expected the records of a study, got a damaged file: "
+            f"{printable(error)}"
+        ) from None
+    if head.get("format") != FORMAT:
+        raise ValueError(
+            f"{printable(path)}: expected records of format {FORMAT}, got {head.get('format')!r}; "
+            "read them with the version of fastdistill that wrote them"
+        )
+    rows: dict[str, list[Any]] = {
+        kind: [line[kind] for line in lines if kind in line]
+        for kind in ("student", "score", "development", "context", "note")
+    }
+    return Records(
+        study=head["study"],
+        about=head["about"],
+        table=Table(
+            students=[Student.from_json(row) for row in rows["student"]],
+            digests=[tuple(line["runs"]) for line in lines if "student" in line],
+            scores=[AuditScore(**row) for row in rows["score"]],
+            development=[AuditScore(**row) for row in rows["development"]],
+            validity={int(k): Validity.from_json(v) for k, v in head["validity"].items()},
+            contexts=[ContextRow(**row) for row in rows["context"]],
+            notes=[NoteRow(**row) for row in rows["note"]],
+            left_out=head["left_out"],
+            refused={int(seed): reasons for seed, reasons in head["refused"].items()},
+            runs=head["runs"],
+        ),
+    )
+
+
+def means_of(student: Student) -> Student:
+    """Return a pair of students with the mean of every reading instead of its items."""
+    return replace(
+        student,
+        untrusted=_mean(student.untrusted),
+        benign=_mean(student.benign),
+        base=_mean(student.base),
+        teacher=_mean(student.teacher),
+        twin=_mean(student.twin),
+        curve=tuple(
+            replace(point, untrusted=_mean(point.untrusted), benign=_mean(point.benign))
+            for point in student.curve
+        ),
+    )
+
+
+def _mean(reading: Reading) -> Reading:
+    return Reading(**{n: (math.fsum(v) / len(v),) if v else () for n, v in vars(reading).items()})
+
+
+def numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
+    """Return the numbers of nested notes with their paths; lists and strings are left out."""
+    if isinstance(notes, bool | int | float):
+        return [(path, float(notes))]
+    if isinstance(notes, Mapping):
+        return [
+            pair
+            for key, value in notes.items()
+            for pair in numbers(value, f"{path}, {key}" if path else str(key))
+        ]
+    return []
