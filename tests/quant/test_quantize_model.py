@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import fastdistill as fd
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.experts import Expert, ExpertStack
+from fastdistill.quant.fake import WEIGHT_SCHEMES
 from fastdistill.quant.linear import QuantizedWeight
-from fastdistill.quant.schemes import SCHEMES
 from helpers.quant_models import CONFIGS, SIZES, logits, model_of
 
 
@@ -36,7 +36,7 @@ def densely(model: nn.Module, quantised: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
 def test_exact_compute_is_the_model_with_rounded_weights(name, scheme):
     model = model_of(name)
     quantised = fd.quantize_model(copy.deepcopy(model), scheme, compute="exact")
