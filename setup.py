@@ -65,7 +65,16 @@ PACKAGES = [
 
 CPU_SOURCES = [
     f"csrc/{name}.cpp"
-    for name in ("bind", "isa_scalar", "isa_avx2", "isa_avx512", "isa_vnni", "topk_row")
+    for name in (
+        "bind",
+        "isa_scalar",
+        "isa_avx2",
+        "isa_avx512",
+        "isa_vnni",
+        "isa_bf16",
+        "isa_amx",
+        "topk_row",
+    )
 ]
 DEVICE_CODE = "csrc/cuda_quant.cu"
 CUDA_ARCHS = "80;89;90;100"

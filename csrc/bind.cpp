@@ -78,10 +78,20 @@ const std::vector<Isa>& isas() {
       {"avx512_vnni",
        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
        &fastdistill::kVnniKernels},
+      {"avx512_bf16",
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
+        "avx512_bf16"},
+       &fastdistill::kBf16Kernels},
+      {"amx_bf16",
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
+        "avx512_bf16", "amx_tile", "amx_bf16"},
+       &fastdistill::kAmxKernels},
 #else
       {"avx2", {}, nullptr},
       {"avx512", {}, nullptr},
       {"avx512_vnni", {}, nullptr},
+      {"avx512_bf16", {}, nullptr},
+      {"amx_bf16", {}, nullptr},
 #endif
   };
   return all;
@@ -90,12 +100,14 @@ const std::vector<Isa>& isas() {
 bool runs_here(const Isa& isa) {
   static const fastdistill::FeatureList features = fastdistill::cpu_features();
   if (!isa.kernels) return false;
+  bool tiles = false;
   for (const std::string& need : isa.needs) {
     bool present = false;
     for (const auto& [name, here] : features) present = present || (here && name == need);
     if (!present) return false;
+    tiles = tiles || need == "amx_tile";
   }
-  return true;
+  return !tiles || fastdistill::may_use_tiles();
 }
 
 int best_isa() {
@@ -224,9 +236,61 @@ void lse_topk(int isa, int threads, uintptr_t z, int64_t rows, int64_t cols, int
     throw std::bad_alloc();
 }
 
+void sum_columns(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, int64_t stride,
+                 float inv_T, int moments, uintptr_t top, uintptr_t sums) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(rows >= 0 && n >= 0 && stride >= n, "sum_columns needs rows, n >= 0 and stride >= n");
+  check(moments >= 0 && moments <= 2, "sum_columns needs 0 to 2 moments");
+  kernels.sum_columns(threads, at<float>(u), rows, n, stride, inv_T, moments, at<float>(top),
+                      at<float>(sums));
+}
+
+void softmax_columns(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, int64_t stride,
+                     float inv_T, uintptr_t lse, uintptr_t factor) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(rows >= 0 && n >= 0 && stride >= n, "softmax_columns needs rows, n >= 0 and stride >= n");
+  kernels.softmax_columns(threads, at<float>(u), rows, n, stride, inv_T, at<float>(lse),
+                          at<float>(factor));
+}
+
+// -1 stands for the model of the tiles, which every CPU runs.
+const fastdistill::ProductKernels& product_of(int isa, int threads) {
+  if (isa == -1) return fastdistill::kTileModel;
+  return kernels_of(isa, threads).bf16;
+}
+
+bool has_bf16_gemm(int isa) { return product_of(isa, 1).gemm != nullptr; }
+
+int64_t bf16_scratch(int isa, int threads, int64_t N, int64_t K) {
+  const auto& product = product_of(isa, threads);
+  check(product.scratch != nullptr, "bf16_scratch needs an isa with has_bf16_gemm");
+  return product.scratch(threads, N, K);
+}
+
+fastdistill::Matrix matrix(uintptr_t data, int dtype, int64_t row_stride, int64_t k_stride) {
+  check(dtype == fastdistill::kFp32 || dtype == fastdistill::kBf16,
+        "bf16_gemm needs operands in fp32 (0) or bf16 (1)");
+  check(row_stride == 1 || k_stride == 1, "bf16_gemm needs operands with a stride of 1");
+  return {at<void>(data), dtype_of(dtype), row_stride, k_stride};
+}
+
+void bf16_gemm(int isa, int threads, uintptr_t a, int a_dtype, int64_t a_row, int64_t a_k,
+               uintptr_t b, int64_t b_row, int64_t b_k, uintptr_t out, int out_dtype,
+               int64_t out_stride, int64_t M, int64_t N, int64_t K, bool remainder, bool add,
+               uintptr_t scratch) {
+  const auto& product = product_of(isa, threads);
+  check(product.gemm != nullptr, "bf16_gemm needs an isa with has_bf16_gemm");
+  check(M >= 0 && N >= 0 && K >= 1, "bf16_gemm needs M >= 0, N >= 0 and K >= 1");
+  check(out_stride >= N, "bf16_gemm needs out_stride >= N");
+  if (M < 1 || N < 1) return;
+  product.gemm(threads, matrix(a, a_dtype, a_row, a_k), matrix(b, fastdistill::kBf16, b_row, b_k),
+                    at<void>(out), dtype_of(out_dtype), out_stride, M, N, K, remainder, add,
+                    at<void>(scratch));
+}
+
 double vnni_peak(int isa, int threads) {
   const auto& kernels = kernels_of(isa, threads);
-  check(kernels.peak != nullptr, "vnni_peak measures isa avx512_vnni only");
+  check(kernels.peak != nullptr, "vnni_peak measures isa avx512_vnni and wider only");
   double best = 0;
   for (int run = 0; run < 5; ++run) {
     const auto start = std::chrono::steady_clock::now();
@@ -273,5 +337,20 @@ PYBIND11_MODULE(_ext, m) {
       "The k largest of z * inv_temperature per row, and the log-sum-exp of all the others.", "z"_a,
       "rows"_a, "cols"_a, "row_stride"_a, "inv_temperature"_a, "k"_a, "ids"_a, "values"_a,
       "lse_rest"_a);
+  def("sum_columns", &sum_columns,
+      "top [n] = max(top, z) and sums [moments + 1, n] of e^(z - top) (z - top)^i over the rows of "
+      "z = u * inv_T.",
+      "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "moments"_a, "top"_a, "sums"_a);
+  def("softmax_columns", &softmax_columns, "u [rows, n] = e^(u * inv_T - lse) * factor in place.",
+      "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "lse"_a, "factor"_a);
+  m.def("has_bf16_gemm", &has_bf16_gemm, "Whether an instruction set multiplies bf16 operands; -1 is the model of AMX's tiles.",
+        "isa"_a);
+  def("bf16_scratch", &bf16_scratch, "Bytes of scratch memory of bf16_gemm, aligned to 64.", "N"_a,
+      "K"_a);
+  def("bf16_gemm", &bf16_gemm,
+      "out [M, N] fp32 or bf16 = or += a [M, K] times b [N, K] bf16; with `remainder`, a is "
+      "what its rounding took away.",
+      "a"_a, "a_dtype"_a, "a_row"_a, "a_k"_a, "b"_a, "b_row"_a, "b_k"_a, "out"_a,
+      "out_dtype"_a, "out_stride"_a, "M"_a, "N"_a, "K"_a, "remainder"_a, "add"_a, "scratch"_a);
   def("vnni_peak", &vnni_peak, "GOP/s of the int8 dot product in registers, best of five runs.");
 }

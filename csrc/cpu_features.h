@@ -17,6 +17,10 @@
 #else
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fastdistill {
@@ -64,7 +68,7 @@ inline FeatureList cpu_features() {
   const uint64_t saved = osxsave ? saved_register_files() : 0;
   const bool ymm = (saved & 0x6) == 0x6;           // SSE, AVX
   const bool zmm = ymm && (saved & 0xE0) == 0xE0;  // opmask, upper zmm0-15, zmm16-31
-  // Linux also wants arch_prctl(ARCH_REQ_XCOMP_PERM) from the process before its first tile load.
+  // Linux also wants `may_use_tiles` before the first tile is loaded.
   const bool tile = (saved & 0x60000) == 0x60000;
 
   return {
@@ -87,14 +91,30 @@ inline FeatureList cpu_features() {
   };
 }
 
+// Asks Linux once for the permission to use tiles, which all threads of the process then have.
+// Windows grants it to all.
+inline bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#elif defined(_WIN32)
+  return true;
+#else
+  return false;
+#endif
+}
+
 #elif defined(__aarch64__) || defined(_M_ARM64)
 
 // Advanced SIMD is part of the base architecture; nothing finer is used yet, so nothing is probed.
 inline FeatureList cpu_features() { return {{"neon", true}}; }
+inline bool may_use_tiles() { return false; }
 
 #else
 
 inline FeatureList cpu_features() { return {}; }
+inline bool may_use_tiles() { return false; }
 
 #endif
 

@@ -34,6 +34,22 @@ struct GemmWeights {
   int64_t group;
 };
 
+// An operand of a product: element [row, k] is data[row * row_stride + k * k_stride].
+struct Matrix {
+  const void* data;
+  Dtype dtype;  // bf16; of `a` also fp32, which is rounded to it
+  int64_t row_stride, k_stride;  // one of them is 1
+};
+
+// out[m, n] = or += sum over k of a[m, k] * b[n, k], in fp32 and rounded once if `out` is bf16. With
+// `remainder`, a stands for what its rounding to bf16 took away.
+struct ProductKernels {
+  void (*gemm)(int threads, const Matrix& a, const Matrix& b, void* out, Dtype out_dtype,
+               int64_t out_stride, int64_t M, int64_t N, int64_t K, bool remainder, bool add,
+               void* scratch);
+  int64_t (*scratch)(int threads, int64_t N, int64_t K);  // bytes of `scratch`
+};
+
 struct Kernels {
   void (*lut4_dequant)(int threads, const uint8_t* qdata, const float* scale, const float* offset,
                        const float* lut, void* out, Dtype out_dtype, int64_t count, int64_t block);
@@ -46,14 +62,25 @@ struct Kernels {
                int64_t N, int64_t K, int64_t act_group);
   bool (*lse_topk)(int threads, const float* z, int64_t rows, int64_t cols, int64_t row_stride,
                    float inv_temperature, int64_t k, int64_t* ids, float* values, float* lse_rest);
-  double (*peak)(int threads, int64_t repeats);  // operations done, all in registers
+  // Of z = u * inv_T, u [rows, n]: top[c] = max(top[c], z of column c) and sums [moments + 1, n],
+  // sums[i][c] = sum of e^(z - top) (z - top)^i; moments at most 2.
+  void (*sum_columns)(int threads, const float* u, int64_t rows, int64_t n, int64_t stride,
+                      float inv_T, int moments, float* top, float* sums);
+  // u = e^(u * inv_T - lse) * factor in place, lse and factor [n].
+  void (*softmax_columns)(int threads, float* u, int64_t rows, int64_t n, int64_t stride,
+                          float inv_T, const float* lse, const float* factor);
+  double (*peak)(int threads, int64_t repeats);  // operations done, all in registers; or null
+  ProductKernels bf16;  // null without instructions for it
 };
 
 extern const Kernels kScalarKernels;
+extern const ProductKernels kTileModel;  // of the tiles of AMX, in plain C++
 #ifdef FASTDISTILL_X86_64
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
+extern const Kernels kBf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 }  // namespace fastdistill

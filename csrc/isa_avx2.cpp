@@ -22,6 +22,7 @@
 
 #define FASTDISTILL_ISA avx2
 #define FASTDISTILL_AVX2
+#include "cpu_columns.h"
 #include "cpu_gemm.h"
 #include "cpu_quant.h"
 #include "cpu_topk.h"
@@ -33,7 +34,16 @@
 #endif
 
 namespace fastdistill {
-const Kernels kAvx2Kernels = {avx2::lut4_dequant, avx2::int8_dequant, avx2::quantize_groups,
-                          avx2::gemm,         avx2::lse_topk,     nullptr};
+const Kernels kAvx2Kernels = {
+    avx2::lut4_dequant,
+    avx2::int8_dequant,
+    avx2::quantize_groups,
+    avx2::gemm,
+    avx2::lse_topk,
+    avx2::sum_columns,
+    avx2::softmax_columns,
+    nullptr,
+    {nullptr, nullptr},
+};
 }  // namespace fastdistill
 #endif

@@ -27,6 +27,7 @@
 
 #define FASTDISTILL_ISA avx512
 #define FASTDISTILL_AVX512
+#include "cpu_columns.h"
 #include "cpu_gemm.h"
 #include "cpu_quant.h"
 #include "cpu_topk.h"
@@ -38,7 +39,16 @@
 #endif
 
 namespace fastdistill {
-const Kernels kAvx512Kernels = {avx512::lut4_dequant, avx512::int8_dequant, avx512::quantize_groups,
-                          avx512::gemm,         avx512::lse_topk,     nullptr};
+const Kernels kAvx512Kernels = {
+    avx512::lut4_dequant,
+    avx512::int8_dequant,
+    avx512::quantize_groups,
+    avx512::gemm,
+    avx512::lse_topk,
+    avx512::sum_columns,
+    avx512::softmax_columns,
+    nullptr,
+    {nullptr, nullptr},
+};
 }  // namespace fastdistill
 #endif

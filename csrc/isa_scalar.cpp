@@ -1,10 +1,23 @@
 // The kernels for any CPU, in whatever the compiler's baseline is.
 #define FASTDISTILL_ISA scalar
+#include "cpu_bf16.h"
+#include "cpu_columns.h"
 #include "cpu_gemm.h"
 #include "cpu_quant.h"
+#include "cpu_tiles.h"
 #include "cpu_topk.h"
 
 namespace fastdistill {
-const Kernels kScalarKernels = {scalar::lut4_dequant, scalar::int8_dequant, scalar::quantize_groups,
-                                scalar::gemm,         scalar::lse_topk,     nullptr};
+const Kernels kScalarKernels = {
+    scalar::lut4_dequant,
+    scalar::int8_dequant,
+    scalar::quantize_groups,
+    scalar::gemm,
+    scalar::lse_topk,
+    scalar::sum_columns,
+    scalar::softmax_columns,
+    nullptr,
+    {scalar::bf16_gemm, scalar::bf16_scratch},
+};
+const ProductKernels kTileModel = {scalar::tile_gemm, scalar::tile_scratch};
 }  // namespace fastdistill

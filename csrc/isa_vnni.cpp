@@ -28,6 +28,7 @@
 #define FASTDISTILL_ISA vnni
 #define FASTDISTILL_AVX512
 #define FASTDISTILL_VNNI
+#include "cpu_columns.h"
 #include "cpu_gemm.h"
 #include "cpu_quant.h"
 #include "cpu_topk.h"
@@ -39,7 +40,16 @@
 #endif
 
 namespace fastdistill {
-const Kernels kVnniKernels = {vnni::lut4_dequant, vnni::int8_dequant, vnni::quantize_groups,
-                          vnni::gemm,         vnni::lse_topk,     vnni::peak};
+const Kernels kVnniKernels = {
+    vnni::lut4_dequant,
+    vnni::int8_dequant,
+    vnni::quantize_groups,
+    vnni::gemm,
+    vnni::lse_topk,
+    vnni::sum_columns,
+    vnni::softmax_columns,
+    vnni::peak,
+    {nullptr, nullptr},
+};
 }  // namespace fastdistill
 #endif

@@ -84,9 +84,7 @@ def dense_grads(
         logits_view(head, buffers[0], n)[:-1],
         logits_view(teacher_head, buffers[1], n)[:-1],
     )
-    dx_Hn = None
-    if dx is not None:
-        dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)
+    dx_nH = matmul.new_hidden_grad(n) if dx is not None else None
     for at in slabs(head, n):
         u = u_Vn[at]
         d = psi_Vn[at].mul_(rows.on_D)
@@ -105,9 +103,9 @@ def dense_grads(
             d *= head.logit_scale
         if db is not None:
             db[at] += d.sum(1)
-        if dx_Hn is not None:
-            matmul.add_hidden_grad(at, d, dx_Hn)
+        if dx_nH is not None:
+            matmul.add_hidden_grad(at, d, dx_nH)
         if dw is not None:
             matmul.add_weight_grad(d, dw[at], first)
-    if dx_Hn is not None and dx is not None:
-        dx.copy_(dx_Hn.t())
+    if dx_nH is not None and dx is not None:
+        dx.copy_(dx_nH)

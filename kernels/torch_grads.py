@@ -5,7 +5,8 @@
 
 chunk_grads   stored logits of a chunk become dz in place (4NVH FLOPs beyond the forward pass). With
               a bfloat16 head, dX uses dz in 16 bits off the slots and in fp32 in them; float16,
-              whose range ends at 65504, is summed in fp32 throughout.
+              whose range ends at 65504, is summed in fp32 throughout. Where a CPU multiplies
+              bfloat16 with fp32 results, dz is rounded for dW, too.
 recompute     computes the logits again (2NVH), vocabulary slabs outermost; each dW slab is written
               once in a fixed order: deterministic, no [N, V], no [V, H] accumulator.
 """
@@ -43,15 +44,17 @@ def chunk_grads(
     g_nS = grads.z_ids
     g_Sn = g_nS.t().contiguous()
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
-    dx_Hn = None
-    if dx is not None and not packed:
-        dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
+    dx_nH = None
+    if dx is not None and (matmul.product is not None or not packed):
+        dx_nH = matmul.new_hidden_grad(n)
     dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab_size * n].view(head.vocab_size, n)
     for at in slabs(head, n):
         ds1, after = buffer_V1n[at.start : at.stop + 1], buffer_V1n[at.stop].clone()
         ds = grad_slab_(head, buffer_V1n[at], stats, grads.lse_rest, None, grads.lse_base)
         slots.clear(at, ds1)
-        off_slots = ds.to(low) if packed and dx is not None else None
+        if dx_nH is not None and packed:
+            matmul.add_hidden_grad(at, ds, dx_nH, rounded=True)
+        off_slots = ds.to(low) if packed and dx is not None and dx_nH is None else None
         slots.put(at, ds1, g_Sn)
         buffer_V1n[at.stop] = after
         if db is not None:
@@ -61,16 +64,14 @@ def chunk_grads(
         if off_slots is not None:
             # 16-bit dz moves to the front of the same memory, which was already read.
             dz_Vn[at] = off_slots
-        elif dx_Hn is not None:
-            matmul.add_hidden_grad(at, ds, dx_Hn)
+        elif dx_nH is not None and not packed:
+            matmul.add_hidden_grad(at, ds, dx_nH)
     if dx is None:
         return
-    if dx_Hn is not None:
-        dx.copy_(dx_Hn.t())
-    else:
-        # dz of the slots, by far the largest, stays in fp32: its rounding would dominate the error.
-        off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab_size])
-        dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(off_slots))
+    if dx_nH is None:
+        dx_nH = torch.mm(dz_Vn.t(), head.weight[: head.vocab_size])
+    # dz of the slots, by far the largest, stays in fp32: its rounding would dominate the error.
+    dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(dx_nH) if packed else dx_nH)
 
 
 def recompute(
@@ -90,14 +91,16 @@ def recompute(
     Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N,
     summed in fp32 and rounded once; dX is summed in fp32.
     """
-    N, H = hidden_NH.shape
-    dx_HN = hidden_NH.new_zeros(H, N, dtype=head.dtype) if need_hidden else None
+    N = hidden_NH.shape[0]
     dw = torch.zeros_like(head.weight) if need_weight else None
     db = None
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias)
-    g_SN = slot_grads(head, stats.z_ids, grads.z_ids).t().contiguous()
+    g_NS = slot_grads(head, stats.z_ids, grads.z_ids)
+    g_SN = g_NS.t().contiguous()
     matmul, slots = Matmul(head, hidden_NH), Slots(ids_NS)
+    dx_NH = matmul.new_hidden_grad(N) if need_hidden else None
+    rounded = matmul.product is not None
     d_vN1 = hidden_NH.new_empty(0, N, dtype=head.dtype)
     for at in slabs(head, N):
         rows = at.stop - at.start
@@ -106,16 +109,20 @@ def recompute(
         u_vN = matmul.logits(at, d_vN1[:rows])
         ds_vN = grad_slab_(head, u_vN, stats, grads.lse_rest, grads.mean_rest, grads.lse_base)
         slots.clear(at, d_vN1[: rows + 1])
+        if dx_NH is not None and rounded:
+            matmul.add_hidden_grad(at, ds_vN, dx_NH, rounded=True)
         slots.put(at, d_vN1[: rows + 1], g_SN)
-        if dx_HN is not None:
-            matmul.add_hidden_grad(at, ds_vN, dx_HN)
+        if dx_NH is not None and not rounded:
+            matmul.add_hidden_grad(at, ds_vN, dx_NH)
         if dw is not None:
             matmul.add_weight_grad(ds_vN, dw[at], first=True)
         if db is not None:
             db[at] = ds_vN.sum(1)
     dx = None
-    if dx_HN is not None:
-        dx = dx_HN.t().to(hidden_type, memory_format=torch.contiguous_format)
+    if dx_NH is not None:
+        if rounded:
+            dx_NH += hidden_grad(head, ids_NS, g_NS)
+        dx = dx_NH.to(hidden_type, memory_format=torch.contiguous_format)
     return dx, dw, db
 
 

@@ -5,7 +5,7 @@
 A slab is u_vn for a few thousand vocabulary rows and a block of tokens, laid out [v, n]: both
 gradient products read it without a transposed copy, W streams in order, and on CPU the library GEMM
 is up to a third faster than in [n, v] (measured, M = 128). Logits are fp32 (fp64 from fp64): on
-CUDA from the fp32 output of the GEMM, on CPU from an fp32 product of the exact 16-bit values. No
+CUDA from the fp32 output of the GEMM, on CPU from a product of the exact 16-bit values in fp32. No
 [N, V] tensor exists: a forward pass reuses one slab, the fused loss stores one chunk of tokens
 (`chunk_tokens`).
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .cpu_kernels import CPUKernels, cpu_kernels
 from .head import LMHead, RunningLSE, Scanned, Stats, Top2, grad_scale_of, vocabulary_slabs
 from .row_topk import row_topk
 from .token_loss import ABSENT, NEG
@@ -38,17 +39,20 @@ def slabs(head: LMHead, tokens: int) -> Iterator[slice]:
 class Matmul:
     """GEMMs with fp32 (fp64) results from operands of the head's own type.
 
-    On CPU the library has no 16-bit GEMM with fp32 output: one fp32 copy of the weight slab is
-    reused.
+    On CPU the library has no 16-bit GEMM with fp32 output. `cpu_kernels` may have one for bfloat16;
+    otherwise one fp32 copy of the weight slab is reused.
     """
 
     def __init__(self, head: LMHead, hidden_nH: Tensor) -> None:
         self.head = head
         self.native = head.weight.dtype == head.dtype
         self.mixed = not self.native and hidden_nH.is_cuda
+        kernels = cpu_kernels() if _multiplies_on_cpu(head, hidden_nH) else None
+        self.product = None if kernels is None else kernels.product
         self._scratch: Tensor | None = None
         self._slab: tuple[int, int] | None = None
-        self.hidden_Hn = (hidden_nH if self.native or self.mixed else hidden_nH.to(head.dtype)).t()
+        as_is = self.native or self.mixed or self.product is not None
+        self.hidden_Hn = (hidden_nH if as_is else hidden_nH.to(head.dtype)).t()
 
     def weight(self, at: slice) -> Tensor:
         """W[v, H] in accumulator type."""
@@ -66,7 +70,9 @@ class Matmul:
     def logits(self, at: slice, u_vn: Tensor) -> Tensor:
         """u of one slab, at T=1, into `u_vn`."""
         head = self.head
-        if self.mixed:
+        if self.product is not None:
+            self.product(head.weight[at], self.hidden_Hn, u_vn)
+        elif self.mixed:
             u_vn.copy_(torch.mm(head.weight[at], self.hidden_Hn, out_dtype=head.dtype))
         else:
             torch.mm(self.weight(at), self.hidden_Hn, out=u_vn)
@@ -84,9 +90,24 @@ class Matmul:
             return ds_vn.new_ones(())
         return grad_scale_of(ds_vn)
 
-    def add_hidden_grad(self, at: slice, ds_vn: Tensor, dx_Hn: Tensor) -> None:
-        """dx += W[v]ᵀ ds, accumulated in fp32."""
-        if self.mixed:
+    def new_hidden_grad(self, tokens: int) -> Tensor:
+        """Zeros [n, H] in fp32 (fp64) for `add_hidden_grad`, in the layout that it writes."""
+        weight, H = self.head.weight, self.head.weight.shape[1]
+        if self.product is not None:
+            return weight.new_zeros(tokens, H, dtype=self.head.dtype)
+        return weight.new_zeros(H, tokens, dtype=self.head.dtype).t()
+
+    def add_hidden_grad(
+        self, at: slice, ds_vn: Tensor, dx_nH: Tensor, *, rounded: bool = False
+    ) -> None:
+        """dx += dsᵀ W[v], accumulated in fp32; `rounded` allows to round ds to bfloat16."""
+        dx_Hn = dx_nH.t()
+        if self.product is not None:
+            W = self.head.weight[at]
+            self.product(ds_vn.t(), W, dx_nH, add=True)
+            if not rounded:
+                self.product(ds_vn.t(), W, dx_nH, add=True, remainder=True)
+        elif self.mixed:
             W, grad_scale = self.head.weight[at].t(), self.grad_scale(ds_vn)
             part = torch.mm(W, (ds_vn * grad_scale).to(W.dtype), out_dtype=dx_Hn.dtype)
             dx_Hn += part / grad_scale
@@ -96,6 +117,9 @@ class Matmul:
     def add_weight_grad(self, ds_vn: Tensor, dw_vH: Tensor, first: bool) -> None:
         """dw = (first) or += ds x, summed over the block in fp32 and rounded to dw's type."""
         x_nH = self.hidden_Hn.t()
+        if self.product is not None:
+            self.product(ds_vn, x_nH, dw_vH, add=not first)
+            return
         if self.native:
             dw_vH.addmm_(ds_vn, x_nH, beta=0 if first else 1)
             return
@@ -108,6 +132,14 @@ class Matmul:
         else:
             part = torch.mm(ds_vn, x_nH)
         dw_vH.copy_(part if first else part.add_(dw_vH))
+
+
+def _multiplies_on_cpu(head: LMHead, hidden_nH: Tensor) -> bool:
+    """Whether these operands are what the product of `cpu_kernels` takes."""
+    both = (head.weight, hidden_nH)
+    return not head.is_packed and all(
+        t.device.type == "cpu" and t.dtype == torch.bfloat16 and 1 in t.stride() for t in both
+    )
 
 
 class Slots:
@@ -187,15 +219,33 @@ def scan(
             u_vn1 = u_1n[: rows + 1]
         u_vn = matmul.logits(at, u_vn1[:rows])
         slots.take(at, u_vn1)
-        running.add(u_vn)
+        _add_slab(running, u_vn)
         if running_base is not None:
-            running_base.add(u_vn)
+            _add_slab(running_base, u_vn)
         if top2 is not None:
             top2 = _merge_top2(top2, at, u_vn, label_u_n)
     u_nS = u_1n.new_full((n, ids_nS.shape[1]), NEG)
     if slots.gathered is not None:
         u_nS = slots.gathered.t().contiguous()
     return Scanned(u_nS, running, running_base, top2)
+
+
+def _kernels_of(u_vn: Tensor) -> CPUKernels | None:
+    """The compiled kernels for a slab, or None."""
+    fits = u_vn.device.type == "cpu" and u_vn.dtype == torch.float32 and u_vn.stride(1) == 1
+    return cpu_kernels() if fits else None
+
+
+def _add_slab(running: RunningLSE, u_vn: Tensor) -> None:
+    """Add a slab to the running sums."""
+    kernels = _kernels_of(u_vn)
+    if kernels is None:
+        running.add(u_vn)
+        return
+    moments = len(running.sums) - 1
+    running.merge(
+        *kernels.sum_columns(u_vn, running.top, temperature=running.temperature, moments=moments)
+    )
 
 
 def _empty_top2(n: int, like: Tensor) -> Top2:
@@ -232,6 +282,10 @@ def grad_slab_(
     ds = du · (1 − (u / c)²);  d(W x) = logit_scale · ds
     """
     T, scale = head.temperature, head.logit_scale
+    kernels = _kernels_of(u_vn)
+    if kernels is not None and g_mean_n is None and g_base_n is None and head.softcap is None:
+        kernels.softmax_columns(u_vn, stats.lse_rest, g_rest_n * (scale / T), temperature=T)
+        return u_vn
     q1 = None
     if g_base_n is not None and stats.lse_base is not None:
         q1 = (u_vn - stats.lse_base).exp_().mul_(g_base_n * scale)

@@ -92,3 +92,48 @@ def lse_topk(
     lse_rest: int,  # fp32 [rows]
 ) -> None: ...
 def vnni_peak(isa: int, threads: int) -> float: ...  # GOP/s
+def sum_columns(
+    isa: int,
+    threads: int,
+    u: int,  # fp32 [rows, n], rows `stride` elements apart
+    rows: int,
+    n: int,
+    stride: int,
+    inv_T: float,
+    moments: int,  # 0 to 2
+    top: int,  # fp32 [n], read and written
+    sums: int,  # fp32 [moments + 1, n]
+) -> None: ...
+def softmax_columns(
+    isa: int,
+    threads: int,
+    u: int,  # fp32 [rows, n], rows `stride` elements apart, in place
+    rows: int,
+    n: int,
+    stride: int,
+    inv_T: float,
+    lse: int,  # fp32 [n]
+    factor: int,  # fp32 [n]
+) -> None: ...
+def has_bf16_gemm(isa: int) -> bool: ...  # −1: the model of AMX's tiles
+def bf16_scratch(isa: int, threads: int, N: int, K: int) -> int: ...  # bytes
+def bf16_gemm(
+    isa: int,
+    threads: int,
+    a: int,  # fp32 or bf16 [M, K]: element [m, k] at m * a_row + k * a_k, one of them 1
+    a_dtype: int,
+    a_row: int,
+    a_k: int,
+    b: int,  # bf16 [N, K], in the same way
+    b_row: int,
+    b_k: int,
+    out: int,  # fp32 or bf16 [M, N], rows out_stride elements apart
+    out_dtype: int,
+    out_stride: int,
+    M: int,
+    N: int,
+    K: int,
+    remainder: bool,
+    add: bool,
+    scratch: int,  # bf16_scratch bytes, aligned to 64
+) -> None: ...

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
 EXT = backend.extension()
-ISAS = ["scalar", "avx2", "avx512", "avx512_vnni"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"]
 NAMES = ["torch", "triton", *ISAS]
 
 

@@ -1,0 +1,58 @@
+// The kernels for AVX512 with VNNI and BF16, and products with AMX tiles. System headers come before the pragma, so that no inline
+// function of theirs is compiled for these instructions.
+#include "cpu_kernels.h"
+
+#ifdef FASTDISTILL_X86_64
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC PR105593: its own headers write `__m512i y = y` for a register whose content does not matter.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#endif
+
+#define FASTDISTILL_ISA amx
+#define FASTDISTILL_AVX512
+#define FASTDISTILL_VNNI
+#define FASTDISTILL_BF16
+#define FASTDISTILL_AMX
+#include "cpu_columns.h"
+#include "cpu_gemm.h"
+#include "cpu_quant.h"
+#include "cpu_tiles.h"
+#include "cpu_topk.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+namespace fastdistill {
+const Kernels kAmxKernels = {
+    amx::lut4_dequant,
+    amx::int8_dequant,
+    amx::quantize_groups,
+    amx::gemm,
+    amx::lse_topk,
+    amx::sum_columns,
+    amx::softmax_columns,
+    amx::peak,
+    {amx::tile_gemm, amx::tile_scratch},
+};
+}  // namespace fastdistill
+#endif

@@ -1,0 +1,65 @@
+"""Compiled kernels that the torch backend uses on a CPU, if there are any.
+
+The C++ extension provides them (`fastdistill/losses/cpu_kernels.py`). This package knows only their
+signatures, so that it works without the extension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Product(Protocol):
+    """out = (add: +=) a @ b, summed in fp32.
+
+    a: [M, K] in bfloat16, or in fp32 and rounded to bfloat16; b: [K, N] bfloat16; out: [M, N] in
+    fp32, or in bfloat16 and rounded once. With `remainder`, a is what its rounding to bfloat16 took
+    away: the sum of both products has an error of 2^-17 of each term instead of 2^-9.
+
+    PyTorch's own product of bfloat16 on a CPU rounds its result to bfloat16.
+    """
+
+    def __call__(
+        self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, remainder: bool = False
+    ) -> None: ...
+
+
+class SumColumns(Protocol):
+    """(top [n], sums): the largest of `top` and each column of z = u / T, and its power sums.
+
+    sums[i] = Σ e^{z − top} (z − top)^i over the rows of u [v, n], for i = 0 .. moments ≤ 2.
+    """
+
+    def __call__(
+        self, u: Tensor, top: Tensor, *, temperature: float, moments: int
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+
+class SoftmaxColumns(Protocol):
+    """u = e^{u / T − lse} · factor in place; u: [v, n], lse and factor: [n]."""
+
+    def __call__(self, u: Tensor, lse: Tensor, factor: Tensor, *, temperature: float) -> None: ...
+
+
+class CPUKernels(NamedTuple):
+    """All in fp32; product is None on a CPU without instructions for bfloat16."""
+
+    sum_columns: SumColumns
+    softmax_columns: SoftmaxColumns
+    product: Product | None
+
+
+_provided: CPUKernels | None = None
+
+
+def provide(kernels: CPUKernels | None) -> None:
+    """Set the kernels of this process; None if there are none."""
+    global _provided
+    _provided = kernels
+
+
+def cpu_kernels() -> CPUKernels | None:
+    """Return the kernels of this process, or None."""
+    return _provided
