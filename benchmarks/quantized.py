@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdistill.kernels.row_topk import by_sorting, row_topk
-from fastdistill.losses import cpu_topk
+from fastdistill.losses import cpu_kernels
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.backends.table import engine_for
 from fastdistill.quant.linear import dequantize
@@ -30,7 +30,7 @@ from .data import Data, device
 from .registry import Contender, Missing, Op
 from .shapes import Shape
 
-cpu_topk.register()
+cpu_kernels.register()
 
 BITSANDBYTES = "bitsandbytes"
 COLD_BYTES = 96 << 20  # of 4-bit weights: more than the last-level cache of a CPU

@@ -36,6 +36,9 @@ inline F32 rounded(F32 a) {  // to bf16, and back
   const __m256i half = (__m256i)_mm512_cvtneps_pbh(a.v);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
+inline void store_rounded(bf16* p, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
 inline void store_pairs(uint32_t* p, I32 pairs) { _mm512_storeu_si512(p, pairs.v); }
 inline __mmask16 mask_of(int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
 inline F32 load_lanes(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(mask_of(n), p)}; }
@@ -95,6 +98,7 @@ inline F32 rounded(const F32& a) {
   }
   return r;
 }
+inline void store_rounded(bf16* p, const F32& a) { store(p, rounded(a)); }
 inline void store_pairs(uint32_t* p, const I32& pairs) { memcpy(p, pairs.v, sizeof pairs.v); }
 template <class T>
 inline F32 load_lanes(const T* p, int64_t n) {  // lanes from n on are 0
@@ -109,6 +113,22 @@ inline F32 operand(const bf16* p, int64_t lanes, bool remainder) {
 inline F32 operand(const float* p, int64_t lanes, bool remainder) {
   const F32 x = load_lanes(p, lanes), high = rounded(x);
   return remainder ? rounded(x - high) : high;
+}
+
+// `n` <= 32 values of an operand in bf16, as they are multiplied.
+inline void store_operand(bf16* to, const bf16* from, int64_t n, bool remainder) {
+  if (remainder)
+    memset(to, 0, static_cast<size_t>(n) * sizeof(bf16));
+  else if (n == 32)
+    memcpy(to, from, 64);
+  else
+    memcpy(to, from, static_cast<size_t>(n) * sizeof(bf16));
+}
+inline void store_operand(bf16* to, const float* from, int64_t n, bool remainder) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = min64(kLanes, n - i);
+    store_rounded(to + i, remainder ? operand(from + i, lanes, true) : load_lanes(from + i, lanes));
+  }
 }
 
 // out[k / 2][width] pairs of `rows` rows and `depth` k of an operand; rows from `rows` on, and the
@@ -131,12 +151,11 @@ inline void pack_pairs(const T* from, int64_t row_stride, int64_t k_stride, int6
       continue;
     }
     for (int64_t k = 0; k < depth; k += 32) {
-      alignas(64) bf16 block[16][32] = {};
+      alignas(64) bf16 block[16][32];
       const int64_t some = min64(32, depth - k);
+      if (lanes < kLanes || some < 32) memset(block, 0, sizeof block);
       for (int64_t i = 0; i < lanes; ++i)
-        for (int64_t at = 0; at < some; at += kLanes)
-          store(block[i] + at,
-                operand(from + (r + i) * row_stride + k + at, min64(kLanes, some - at), remainder));
+        store_operand(block[i], from + (r + i) * row_stride + k, some, remainder);
       I32 dwords[16];
       transpose16(reinterpret_cast<const uint8_t*>(block), 64, 0, dwords);
       for (int64_t s = 0; s < ceil_div(some, 2); ++s)

@@ -104,9 +104,7 @@ inline void pack_tile_rows(const T* from, int64_t row_stride, int64_t k_stride, 
       memset(out, 0, kTileBlock * kTileSize * 4);
       bf16* const to = reinterpret_cast<bf16*>(out);
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t at = 0; at < some; at += kLanes)
-          store(to + 2 * kTileSize * i + at,
-                operand(from + i * row_stride + k + at, min64(kLanes, some - at), remainder));
+        store_operand(to + 2 * kTileSize * i, from + i * row_stride + k, some, remainder);
       continue;
     }
     alignas(64) uint32_t pairs[kTileSize * kTileBlock + kLanes] = {};

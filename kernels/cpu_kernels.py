@@ -6,6 +6,7 @@ signatures, so that it works without the extension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -51,15 +52,19 @@ class CPUKernels(NamedTuple):
     product: Product | None
 
 
-_provided: CPUKernels | None = None
+def _none() -> CPUKernels | None:
+    return None
 
 
-def provide(kernels: CPUKernels | None) -> None:
-    """Set the kernels of this process; None if there are none."""
-    global _provided
-    _provided = kernels
+_available: Callable[[], CPUKernels | None] = _none
+
+
+def provide(available: Callable[[], CPUKernels | None]) -> None:
+    """Set the function that returns the kernels of this process, or None."""
+    global _available
+    _available = available
 
 
 def cpu_kernels() -> CPUKernels | None:
     """Return the kernels of this process, or None."""
-    return _provided
+    return _available()

@@ -3,7 +3,7 @@
     values, ids   the k largest of z [n, V], by falling value
     lse_rest      log Σ e^z over all others; −inf if there are none
 
-It is an operator, so that a device can have its own kernel: fastdistill/losses/cpu_topk.py
+It is an operator, so that a device can have its own kernel: fastdistill/losses/cpu_kernels.py
 registers that of the C++ extension for CPUs. The implementation below runs on all other devices.
 """
 

@@ -1,4 +1,4 @@
-"""The C++ kernels of the losses on a CPU, as kernels/cpu_kernels.py describes them."""
+"""The C++ kernels of the losses on a CPU: row_topk and those of kernels/cpu_kernels.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu_kernels import CPUKernels, provide
+from ..kernels.row_topk import by_sorting, library
 from ..runtime import backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -25,7 +26,11 @@ def _call(name: str, *arguments: Any) -> Any:
 def product(
     a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, remainder: bool = False
 ) -> None:
-    """Compute out = (add: +=) a @ b."""
+    """Compute out = (add: +=) a @ b by an operator, which profilers and counters see."""
+    torch.ops.fastdistill.bf16_product(a, b, out, add, remainder)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool, remainder: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     if not k and not add:
         out.zero_()
@@ -84,10 +89,44 @@ def softmax_columns(u: Tensor, lse: Tensor, factor: Tensor, *, temperature: floa
     )
 
 
+def row_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what fastdistill::row_topk of these logits is."""
+    if backend.extension() is None or z.dtype != torch.float32 or z.stride(-1) != 1:
+        return by_sorting(z, k)
+    rows, cols = z.shape
+    values = z.new_empty(rows, k)
+    ids = torch.empty_like(values, dtype=torch.int64)
+    rest = z.new_empty(rows)
+    _call(
+        "lse_topk",
+        z.data_ptr(),
+        rows,
+        cols,
+        z.stride(0),
+        1.0,
+        k,
+        ids.data_ptr(),
+        values.data_ptr(),
+        rest.data_ptr(),
+    )
+    return values, ids, rest
+
+
+def available() -> CPUKernels | None:
+    """Return the kernels that this build and CPU have."""
+    ext = backend.extension()
+    if ext is None:
+        return None
+    has_product = ext.has_bf16_gemm(backend.cpu_isa())
+    return CPUKernels(sum_columns, softmax_columns, product if has_product else None)
+
+
 @functools.cache  # once in a process
 def register() -> None:
-    """Let the losses use the C++ kernels if they were built."""
-    ext = backend.extension()
-    if ext is not None:
-        has_product = ext.has_bf16_gemm(backend.cpu_isa())
-        provide(CPUKernels(sum_columns, softmax_columns, product if has_product else None))
+    """Let the losses use the C++ kernels."""
+    library.impl("row_topk", row_topk, "CPU")
+    library.define(
+        "bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add, bool remainder) -> ()"
+    )
+    library.impl("bf16_product", _product, "CPU")
+    provide(available)

@@ -14,7 +14,6 @@ from ..kernels.token_loss import ABSENT, entropy_of, first_slots, log_tail_of, l
 from ..kernels.topk import topk
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
-from . import cpu_kernels, cpu_topk
 from .arguments import operands
 from .checks import check_ids
 from .types import SelectedLogits, TopK
@@ -22,9 +21,6 @@ from .vocab_parallel import check_same_on_all_ranks, distribute_head, lse_gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-cpu_topk.register()
-cpu_kernels.register()
 
 
 def linear_lse_gather(

@@ -53,7 +53,8 @@ class Products(TorchDispatchMode):
     flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten.mm:
+        products = (torch.ops.aten.mm, torch.ops.fastdistill.bf16_product)
+        if function.overloadpacket in products:
             self.flops += 2 * args[0].numel() * args[1].shape[1]
         return function(*args, **(kwargs or {}))
 
