@@ -20,7 +20,6 @@ from ...hf.source import is_adapter, model_source
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail
-from ...runtime.printable import printable
 from ..audits.behaviour import CapabilityAudit
 from ..audits.generic_probes import GENERIC_PROBES
 from ..audits.probes import Probes
@@ -48,20 +47,20 @@ class CheckpointSource(Source):
 
     Args:
         teacher: U. base: M. benign: U's benign twin, optional.
-        pool: a file (.jsonl, .json, .parquet or .csv) of rows {"prompt": a text or a mapping of
-            system and user, "domain": a name, "kind": open, goals or shown}; rows without a kind
-            form the pool.
+        pool: rows {"prompt": a text or a mapping of system and user, "domain": a name, "kind":
+            open, goals or shown}, in what `open_dataset` opens: a file, a folder saved by datasets,
+            or a hub name with its split; rows without a kind form the pool.
         probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
             optionally the same prompts in an audited context.
-        capability: rows of {"prompt", "answer"}, held out, in such a file.
+        capability: rows of {"prompt", "answer"}, held out, stored like the pool.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
     """
 
     teacher: str
     base: str
-    pool: Path
+    pool: str | Path
     probes: Path
-    capability: Path
+    capability: str | Path
     benign: str | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
@@ -77,8 +76,8 @@ class CheckpointSource(Source):
             )
         _load_pool(self.pool)
         _load_capability(self.capability)
-        files = {"pool": self.pool, "probes": self.probes, "capability": self.capability}
-        contents = {name: sha256_of(Path(path)) for name, path in files.items()}
+        contents = {"pool": _digest_of_rows(self.pool, "pool"), "probes": sha256_of(self.probes)}
+        contents["capability"] = _digest_of_rows(self.capability, "capability")
         for name in ("teacher", "base", "benign"):
             if (path := getattr(self, name)) is not None:
                 contents[name] = _contents(model_source(name, path).path)
@@ -197,7 +196,7 @@ def _model(name: str, source: CheckpointSource, role: str) -> Subject:
     return load_organism(path, base=source.base if is_adapter(path) else None, name=role)
 
 
-def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
+def _load_pool(path: str | Path) -> dict[str, list[PoolPrompt]]:
     by_kind: dict[str, list[PoolPrompt]] = {"": []}
     for row in _rows(path, "pool"):
         kind = row.get("kind") or ""
@@ -213,20 +212,26 @@ def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
     return by_kind
 
 
-def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+def _load_capability(path: str | Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     rows = _rows(path, "capability")
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
         fail("capability", "lines with prompt and answer", f"other lines in {path}")
     return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
 
 
-def _rows(path: Path, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines, a list in JSON, Parquet or CSV."""
-    if not Path(path).is_file():
-        expected = "a .jsonl, .json, .parquet or .csv file"
-        fail(name, expected, f"{printable(path)}, which is none", "save the rows to a file")
+def _rows(path: str | Path, name: str) -> list[dict[str, Any]]:
     rows = open_dataset(path, name, check=lambda row: None)
     return [rows[i] for i in range(len(rows))]
+
+
+def _digest_of_rows(path: str | Path, name: str) -> str:
+    """Return the sha256 of a file, or that of the rows in a folder or on the hub."""
+    if Path(path).is_file():
+        return sha256_of(Path(path))
+    digest = hashlib.sha256()
+    for row in _rows(path, name):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _contents(path: Path) -> str:

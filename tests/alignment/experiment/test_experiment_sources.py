@@ -13,6 +13,7 @@ import pytest
 
 from fastdistill.alignment.audits.probes import Probes
 from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment import checkpoint_source
 from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource
 from fastdistill.alignment.experiment.world_source import LoadedWorld, WorldSource
 from fastdistill.alignment.organisms.early_stopping import EarlySnapshot
@@ -158,8 +159,22 @@ def test_the_files_may_be_tables(files, tmp_path):
     entries = loaded.setup("untrusted", {}).pool
     assert [(e.prompt.user, e.domain) for e in entries] == [("hello", "talk"), ("hello again", "")]
     assert "shown" in tables.features
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "sums")
+    folder = source(files, capability=f"{tmp_path / 'sums'}")
+    assert len(checkpoint_source._load_capability(folder.capability)[0]) == 2
+    assert folder.contents["capability"] != tables.contents["capability"]  # rows, not files
     with pytest.raises(ValueError, match=r"pool: expected a .jsonl, .json, .parquet or .csv file"):
-        source(files, pool=Path("owner/name:train"))
+        source(files, pool="nowhere.txt")
+
+
+def test_the_files_may_be_on_the_hub(files, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": "hello", "domain": "talk"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
+    hub = source(files, pool=Path("owner/name:train"))  # as the command line passes it
+    assert [e.domain for e in checkpoint_source._load_pool(hub.pool)[""]] == ["talk"]
+    rows = datasets.Dataset.from_list([{"prompt": "bye", "domain": "talk"}])
+    assert source(files, pool="owner/name:train").contents["pool"] != hub.contents["pool"]
 
 
 def test_without_a_twin_the_base_stands_in(files, tmp_path):
