@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -24,6 +24,7 @@ from ..quant.formats.detect import check_stored_method, method_of
 from ..quant.formats.file_names import ADAPTER, CONFIG, TOKENIZER
 from ..quant.formats.header import check_header, keep_untied
 from ..quant.formats.tensor_files import TensorFiles, read_json
+from ..quant.formats.without_data import Headers, RemoteHeaders
 from ..runtime import checks
 from ..runtime.printable import printable
 from .source import is_adapter, model_source, source_of
@@ -273,6 +274,33 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
         name = model_source("tokenizer", path_or_name).name  # of the hub, as nothing is there
         return fetched_folder(name, [p for p in _FETCHED if "tensors" not in p], "tokenizer")
     return path
+
+
+def hub_headers(name: str, role: str = "path_or_model") -> Headers:
+    """Return the headers of a hub model's safetensors files; no weights are downloaded.
+
+    Raises FileNotFoundError if neither the hub nor its local cache has them."""
+    folder = fetched_folder(name, (CONFIG,), role)
+    if any(folder.glob("model*.safetensors")):
+        return Headers(folder)
+    try:
+        files = get_safetensors_metadata(name).files_metadata
+    except Exception as error:  # of the hub, of its HTTP library, and of damaged headers
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise FileNotFoundError(
+            f"{role}: expected the headers of safetensors files of {name!r} on the hub, got "
+            f"none ({reason})"
+        ) from None
+    tensors = {
+        tensor: (file, str(info.dtype), tuple(info.shape))
+        for file, header in files.items()
+        for tensor, info in header.tensors.items()
+    }
+    metadata = {file: header.metadata for file, header in files.items()}
+    size = sum(
+        info.data_offsets[1] for header in files.values() for info in header.tensors.values()
+    )
+    return RemoteHeaders(folder, tensors, metadata, size)
 
 
 def fetched_folder(

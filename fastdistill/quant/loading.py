@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,11 +24,13 @@ from transformers.modeling_utils import set_zero3_state
 
 from ..runtime import checks
 from ..runtime.progress import track
+from .formats import own_format
 from .formats.checkpoint_gate import as_checkpoint_error, load_config
 from .formats.conversion import check_all_used, check_no_duplicates, conversion_of
-from .formats.detect import Checkpoint, open_checkpoint
+from .formats.detect import Checkpoint, checkpoint_of, is_gguf, open_checkpoint, without_data
 from .formats.header import check_header, keep_untied
 from .formats.tensor_files import CheckpointError, Expanded, fail_checkpoint, reading
+from .formats.without_data import Headers
 from .linear import QuantizedWeight
 from .matrix import QuantizedMatrix
 from .merging import merge_weights, runner
@@ -96,16 +99,21 @@ def load_expanded(
 
 
 @torch.no_grad()
-def load_shapes(path: str | Path) -> PreTrainedModel | None:
+def load_shapes(path: str | Path | Headers) -> PreTrainedModel:
     """Return load_quantized's model on the meta device, from the headers of its files.
 
-    None unless it is a GGUF file or a folder of save_quantized, whose headers say what each weight
-    takes. Raises CheckpointError as load_quantized."""
-    checkpoint = open_checkpoint(path)
-    if checkpoint.method not in ("gguf", "fastdistill"):
-        return None
+    Raises CheckpointError as load_quantized."""
+    source = path
+    if not isinstance(source, Headers) and not is_gguf(source):
+        source = Headers(source)
+    checkpoint = checkpoint_of(source) if isinstance(source, Headers) else open_checkpoint(source)
     meta = torch.device("meta")
     loader = _Loader(checkpoint, _skeleton(checkpoint, "auto", None), None, "auto", meta, ())
+    if checkpoint.method not in ("gguf", own_format.KEY):
+        empty = {name: tuple(tensor.shape) for name, tensor in loader.empty.items()}
+        conversion = conversion_of(loader.model, checkpoint.weights, loader.empty)
+        shapes = {n: empty[name] for name, parts in conversion.sources.items() for n, _ in parts}
+        loader.checkpoint = replace(checkpoint, weights=without_data(checkpoint, shapes))
     with meta if checkpoint.method == "gguf" else nullcontext():
         for read in loader.steps():
             read()

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from fastdistill.quant.backends.torch_ops import int8_dequant, lut4_dequant
 from fastdistill.quant.formats import own_format
-from fastdistill.quant.formats.detect import open_checkpoint
-from fastdistill.quant.schemes import Int8Weight, Lut4Weight, quantize
+from fastdistill.quant.formats.detect import checkpoint_of, open_checkpoint, without_data
+from fastdistill.quant.formats.tensor_files import Expanded
+from fastdistill.quant.formats.without_data import Headers
+from fastdistill.quant.schemes import Int8Weight, Lut4Weight, Nested, quantize
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 W = "model.layers.0.mlp.up_proj.weight"
@@ -67,6 +69,23 @@ def nested_weight(folder):
 
 def read_all(path):
     return {name: read() for name, read in open_checkpoint(path).weights.items()}
+
+
+def assert_planned(path, name, weight):
+    """What a plan counts from the headers of a checkpoint is the weight that is read."""
+    shape = weight.values.shape if isinstance(weight, Expanded) else weight.shape
+    planned: Any = without_data(checkpoint_of(Headers(path)), {name: tuple(shape)})[name]()
+    assert type(planned) is type(weight)
+    assert _sizes(planned) == _sizes(weight)
+
+
+def _sizes(weight):
+    if isinstance(weight, Expanded):
+        return tuple(weight.values.shape)
+    parts = vars(weight)
+    if isinstance(scale := parts["scale"], Nested):  # the block of its scales takes no memory
+        parts = parts | {"scale": sum(part.nbytes for part in (scale.codes, *scale.parts))}
+    return {name: getattr(part, "nbytes", part) for name, part in parts.items()}
 
 
 def to_json(tensor):

@@ -10,10 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
 from fastdistill.hf.checkpoint import StoredModel
-from fastdistill.quant import CheckpointError, load_quantized, save_quantized
+from fastdistill.quant import (
+    CheckpointError,
+    is_quantized_checkpoint,
+    load_quantized,
+    save_quantized,
+)
 from fastdistill.quant.experts import ExpertStack
 from fastdistill.quant.linear import Int8Linear, LUT4Linear
+from fastdistill.quant.loading import load_shapes
 from fastdistill.teachers.local import check_quantization
+from fastdistill.training.plan.shapes import bytes_of
 from helpers.peer_formats import fp8_blocks, integers, settings
 from helpers.quant_models import SIZES, logits, model_of
 
@@ -50,6 +57,8 @@ def load(path, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model: Any = load_quantized(path, compute="exact", **options)
+    if is_quantized_checkpoint(path) and not options:
+        assert bytes_of(load_shapes(path)) == bytes_of(model)  # as a plan counts it
     return model, " | ".join(str(warning.message) for warning in caught)
 
 

@@ -17,7 +17,7 @@ from fastdistill.quant.formats.detect import (
     open_checkpoint,
 )
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight, Nested, unpack_nibbles
-from helpers.stored import DTYPES, golden, store, values, write_golden
+from helpers.stored import DTYPES, assert_planned, golden, store, values, write_golden
 
 SETTINGS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -51,7 +51,9 @@ def flat_blocks(packed, state, dtype):
 
 
 def read(folder, tensors, settings=SETTINGS):
-    return open_checkpoint(store(folder, tensors, settings)).weights[f"{LAYER}.weight"]()
+    weight: Any = open_checkpoint(store(folder, tensors, settings)).weights[f"{LAYER}.weight"]()
+    assert_planned(folder, f"{LAYER}.weight", weight)
+    return weight
 
 
 @pytest.mark.parametrize("case", ["nf4", "nf4_nested", "fp4", "nf4_across_rows", "int8"])

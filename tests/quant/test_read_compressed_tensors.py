@@ -13,7 +13,7 @@ from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
 from fastdistill.quant.formats.tensor_files import Expanded
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight
 from helpers.peer_formats import BF16, FP16, FP32, fp4, fp8, integers, settings
-from helpers.stored import store, values
+from helpers.stored import assert_planned, store, values
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -70,6 +70,7 @@ def test_values(tmp_path, name):
     tensors, args, expected, written, kind = case(name)
     weight = read(tmp_path, tensors, settings(args, written))
     assert type(weight) is kind
+    assert_planned(tmp_path, f"{LAYER}.weight", weight)
     assert torch.equal(expand(weight), expected.float())
     assert torch.equal(expand(weight, BF16), expected.float().bfloat16())
 

@@ -1,5 +1,7 @@
 """Reading FP8 in blocks and gpt-oss's MXFP4: the values of transformers' own dequantization."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -8,7 +10,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
 from fastdistill.quant.formats.tensor_files import Expanded
 from helpers.peer_formats import fp8, fp8_blocks
-from helpers.stored import store, values
+from helpers.stored import assert_planned, store, values
 
 W = "model.layers.0.mlp.up_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -23,7 +25,9 @@ def stored_fp8(tensors):
 def read(folder, tensors, config, name):
     checkpoint = open_checkpoint(store(folder, tensors, config))
     assert list(checkpoint.weights) == [name]
-    return checkpoint.weights[name]()
+    weight: Any = checkpoint.weights[name]()
+    assert_planned(folder, name, weight)
+    return weight
 
 
 @pytest.mark.parametrize("shape", [(256, 128), (130, 200), (1, 1)])

@@ -13,7 +13,7 @@ from fastdistill.quant.formats.awq import ORDER
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
 from fastdistill.quant.formats.tensor_files import Expanded
 from fastdistill.quant.schemes import UNSIGNED
-from helpers.stored import DTYPES, golden, store, values, write_golden
+from helpers.stored import DTYPES, assert_planned, golden, store, values, write_golden
 
 LAYER = "model.layers.1.mlp.up_proj"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
@@ -63,6 +63,7 @@ def read(folder, tensors, settings):
     assert list(checkpoint.weights) == [f"{LAYER}.weight"]
     assert checkpoint.method == settings["quant_method"]
     weight: Any = checkpoint.weights[f"{LAYER}.weight"]()
+    assert_planned(folder, f"{LAYER}.weight", weight)
     return weight
 
 
@@ -79,6 +80,8 @@ def test_golden_bytes(tmp_path, name):
     settings = AWQ if name == "awq" else GPTQ
     if name == "gptq_v2":
         settings = settings | {"checkpoint_format": "gptq_v2"}
+    if name == "gptq_act_order":
+        settings = settings | {"desc_act": True}
     assert_means(read(tmp_path, held["tensors"], settings), held["values"]["float32"].double())
 
 
@@ -170,6 +173,7 @@ def test_gptq_of_8_bits(tmp_path, version, less, symmetric, K, group):
     groups = torch.arange(K) // (K if group == -1 else group)
     tensors, expected = gptq_of_8_bits(12, K, groups, symmetric, less)
     settings = GPTQ | {"bits": 8, "group_size": group, "checkpoint_format": version}
+    settings["sym"] = symmetric
     weight = read(tmp_path, tensors, settings)
     if symmetric:
         assert weight.block == (32 if K == 128 else 16)
@@ -184,7 +188,7 @@ def test_act_order_of_8_bits_is_expanded(tmp_path):
         torch.randperm(64, generator=torch.Generator().manual_seed(0))
     ]
     tensors, expected = gptq_of_8_bits(8, 64, groups, True, 1)
-    weight = read(tmp_path, tensors, GPTQ | {"bits": 8})
+    weight = read(tmp_path, tensors, GPTQ | {"bits": 8, "desc_act": True})
     assert isinstance(weight, Expanded)
     assert torch.equal(weight.values.double(), expected)
 

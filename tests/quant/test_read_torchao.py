@@ -9,7 +9,7 @@ from torch import nn
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
 from fastdistill.quant.formats.tensor_files import Expanded
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight
-from helpers.stored import store, values
+from helpers.stored import assert_planned, store, values
 
 LAYER = "model.layers.0.mlp.up_proj"
 CONFIG = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
@@ -60,8 +60,13 @@ def expand(weight):
 def test_integers(tmp_path, kind, tile, bits, zeros, becomes):
     rows, columns = tile
     parts = random_parts(6, 24, rows, columns, bits, zeros)
-    weight = read(tmp_path, parts, entry(kind, tile))
+    data = {"weight_dtype": {"_type": "torch.dtype", "_data": f"int{bits}"}}
+    if zeros:
+        data["mapping_type"] = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+    config = CONFIG | {"quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_data": data}}}
+    weight = read(tmp_path, parts, entry(kind, tile), config)
     assert type(weight) is becomes
+    assert_planned(tmp_path, f"{LAYER}.weight", weight)
     assert torch.equal(expand(weight), meaning(parts, *tile).float())
 
 

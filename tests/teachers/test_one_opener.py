@@ -6,14 +6,17 @@ import copy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, modeling_utils
 from transformers.integrations import accelerate
 
-from fastdistill import ServedTeacher, TeacherCache, load_teacher
+from fastdistill import RoutedTeacher, ServedTeacher, TeacherCache, load_teacher
+from fastdistill.alignment.experiment import checkpoint_source
 from fastdistill.alignment.organisms import load_organism
 from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.cli import run_audit, run_cache_build, run_serve
@@ -23,14 +26,14 @@ from fastdistill.hf import checkpoint
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.teachers.fidelity import FidelityReport
 from fastdistill.teachers.local import Teacher
-from fastdistill.training.plan import Settings, plan_memory
+from fastdistill.training.plan import Settings, plan_memory, planning
 from fastdistill.training.plan.shapes import bytes_of, config_of
 from fastdistill.training.student import prepare_student
-from fastdistill.training.teacher_setup import TeacherSpec
+from fastdistill.training.teacher_setup import TeacherSpec, resolve_teacher
 from helpers import gguf_writer
 from helpers.served import ours
 from helpers.small_checkpoint import logits, small
-from helpers.training import build, config
+from helpers.training import config
 
 IDS = torch.arange(3, 23)
 ROWS = [{"input_ids": IDS, "labels": IDS}] * 2
@@ -88,7 +91,13 @@ def ggufs(tmp_path_factory):
 
 
 def _trainer_teacher(path, tmp_path):
-    return build(tmp_path, model=small(), teacher=path, data=ROWS, check_signal=False).teacher
+    return resolve_teacher(path, small(), config(tmp_path, k=8), None).teacher
+
+
+def _study(path, tmp_path):
+    """A model of `experiment double-bind` and `leak-knobs`."""
+    source: Any = SimpleNamespace(base=None)
+    return checkpoint_source._model(path, source, "teacher").model
 
 
 def _served(path, tmp_path):
@@ -131,8 +140,10 @@ PLACES = {
     "plan --teacher": lambda path, _: config_of("teacher", path),
     "plan --student": lambda path, _: config_of("student", path),
     "serve": _served,
+    "RoutedTeacher": lambda path, _: RoutedTeacher({"a": path}, key="of").teachers["a"],
     "fidelity": _fidelity,
     "audit": _audit,
+    "experiment": _study,
 }
 READ = "pass the model that gave the answers; train and cache build read these"
 REFUSED = {
@@ -143,6 +154,7 @@ REFUSED = {
     "serve": "teacher: expected a model, got .*; serve the model that gave the answers; train read",
     "fidelity": f"against: expected a model, got .*; {READ}",
     "audit": f"model: expected a model, got .*; {READ}",
+    "experiment": f"teacher: expected a model, got .*; {READ}",
 }
 
 
@@ -172,10 +184,10 @@ def check(result, kind, model):
         torch.testing.assert_close(logits(result), logits(model), rtol=0, atol=allowed)
 
 
-# The hub at a few places: it is the folder, once it is there.
-KINDS = ["folder", "adapter", "quantized", *ANSWERS]
+# A model on the hub is a folder once it is there; train --dry-run tells them apart.
+KINDS = ["hub", "adapter", "quantized", *ANSWERS]
 CASES = [(place, kind) for place in PLACES for kind in KINDS]
-CASES += [(place, "hub") for place in ("DistillTrainer(teacher=)", "plan --teacher", "audit")]
+CASES += [(place, "folder") for place in ("load_teacher", "train --teacher", "train --student")]
 
 
 @pytest.fixture
@@ -239,10 +251,39 @@ def test_a_plan_counts_a_quantized_teacher_as_it_is_stored(places, kind, tmp_pat
         shutil.copy(Path(teacher) / "config.json", tmp_path)
         teacher = tmp_path
     plan = plan_memory(student, teacher, settings=Settings(seq=8, k=4), device="cpu")
-    line = "the quantized teacher is counted as in full precision"
-    assert (line in plan.assumptions) == (kind == "config alone")
+    line = "counted as in full precision: the headers of its weights were not found"
+    assert (line in " ".join(plan.assumptions)) == (kind == "config alone")
     if kind == "quantized":
         assert plan.teacher_weights == {"as stored": bytes_of(load_quantized(teacher))}
+
+
+@pytest.mark.parametrize("kind", ["remote", "cached", "out of reach"])
+def test_a_plan_counts_a_quantized_teacher_on_the_hub(places, kind, tmp_path, monkeypatch):
+    """From the headers of its files, which the hub sends without their data."""
+    folder = Path(places["quantized"][0])
+    shutil.copy(folder / "config.json", tmp_path)
+    answer = folder if kind == "cached" else tmp_path
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(answer))
+
+    def headers(name):
+        if kind == "out of reach":
+            raise ConnectionError
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            tensors = {
+                name: SimpleNamespace(
+                    dtype=cut.get_dtype(), shape=cut.get_shape(), data_offsets=(0, 1 << 20)
+                )
+                for name, cut in ((name, file.get_slice(name)) for name in [*file.keys()])
+            }
+            header = SimpleNamespace(metadata=file.metadata(), tensors=tensors)
+        return SimpleNamespace(files_metadata={"model.safetensors": header})
+
+    monkeypatch.setattr(checkpoint, "get_safetensors_metadata", headers)
+    packed = planning._packed("owner/model", config_of("teacher", "owner/model"))
+    if kind == "out of reach":
+        assert packed is None
+    else:
+        assert bytes_of(packed) == bytes_of(load_quantized(folder))
 
 
 def test_zero3_partitions_no_teacher(places, monkeypatch):

@@ -15,6 +15,7 @@ and becomes X.weight like a GPTQ layer (read_gptq). The other layouts ("gemv", "
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ...runtime.checks import fail
 from ..schemes import Lut4Weight
 from .gptq import bits_and_group, by_layer, grouped, nibbles_of, scales_of
 from .tensor_files import TensorFiles, Thunk, reading
+from .without_data import lut4
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = [ORDER.index(n) for n in range(8)]  # which nibble of a word holds its n-th row
@@ -60,3 +62,14 @@ def _read(files: TensorFiles, layer: str, *, group: int) -> Lut4Weight:
 
 def _in_order(stored: Tensor) -> Tensor:  # [any, N], in the order of the words' nibbles
     return stored.view(len(stored), -1, 8)[..., _PLACE].reshape(stored.shape)
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Lut4Weight:
+    """Return a weight on the meta device (without_data.py)."""
+    with reading(files.config_file, "quantization_config"):
+        _, group = bits_and_group(config["quantization_config"], (4,))
+    K, words = files.shape(f"{name.removesuffix('.weight')}.qweight")
+    block = math.gcd(K if group == -1 else min(group, K), K)
+    return lut4((8 * words, K), block, offset=True)

@@ -25,6 +25,7 @@ present, is 0: row-major.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ...runtime.checks import fail
 from ...runtime.json_text import parse_json
 from ..schemes import Int8Weight, Lut4Weight, Nested
 from .tensor_files import TensorFiles, Thunk, block_of, reading, shape_of, with_plain
+from .without_data import int8, lut4
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
@@ -120,3 +122,28 @@ def _floats(stored: Tensor, what: str) -> Tensor:
     if not stored.is_floating_point():
         raise TypeError(f"{what}: expected floating point, got {stored.dtype}")
     return stored.reshape(-1).float()
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Lut4Weight | Int8Weight:
+    """Return a weight on the meta device (without_data.py); its shape is that of the model."""
+    if len(shape) != 2:
+        files.fail(name, "a matrix of the model", list(shape))
+    size = (shape[0], shape[1])
+    if f"{name}.absmax" not in files:
+        return int8(size, shape[1])
+    blocks = math.prod(files.shape(f"{name}.absmax"))
+    block = _block(files, f"{name}.absmax", math.prod(shape))
+    if (nested := f"{name}.nested_absmax") not in files:
+        return lut4(size, block)
+    return lut4(size, block, nested_block=_block(files, nested, blocks))
+
+
+def _block(files: TensorFiles, name: str, count: int) -> int:
+    """Return the size of blocks, a power of two, of which `name` has a number for each."""
+    blocks = math.prod(files.shape(name))
+    for block in (1 << i for i in range(4, 17)):
+        if -(-count // block) == blocks:
+            return block
+    files.fail(name, f"one number for each block of {count:,}", f"{blocks:,}")

@@ -38,6 +38,7 @@ from ..schemes import Int8Weight, Lut4Weight, QuantWeight, table
 from .fp8 import expanded, plain_floats, scale_of, tile_of
 from .microscaling import microscaled
 from .tensor_files import Expanded, TensorFiles, Thunk, integer, reading
+from .without_data import in_full, int8, lut4
 
 KEY = "compressed-tensors"
 FORMATS = (
@@ -349,3 +350,32 @@ def _groups(files: TensorFiles, layer: str, scheme: Scheme, K: int) -> Tensor | 
     if not torch.equal(groups.sort().values, torch.arange(K) // scheme.group):
         files.fail(name, f"{scheme.group} columns in each of {K // scheme.group} groups", "others")
     return None if bool((groups[1:] >= groups[:-1]).all()) else groups
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> QuantWeight | Expanded:
+    """Return a weight on the meta device (without_data.py); K is that of the model's weight."""
+    layer = name.removesuffix(_WEIGHT)
+    codes = _codes(files, layer)
+    kind, stored = files.dtype(codes), files.shape(codes)
+    if len(stored) != 2 or not shape:
+        files.fail(codes, "a matrix of the model", list(stored))
+    with reading(files.config_file, "quantization_config"):
+        schemes = _schemes(config["quantization_config"])
+    N, K = stored[0], shape[-1]
+    if kind == "F8_E4M3":
+        return in_full(N, stored[1])
+    if kind == "U8":
+        scheme = _scheme_of(files, schemes, layer, "float", [4], N, 2 * stored[1])
+        return lut4((N, 2 * stored[1]), scheme.group or K)
+    widths = [8] if kind == "I8" else [bits for bits in (4, 8) if -(-K * bits // 32) == stored[1]]
+    scheme = _scheme_of(files, schemes, layer, "int", widths, N, K)
+    block, has_zeros = scheme.group or K, not scheme.symmetric
+    ordered = f"{layer}.weight_g_idx" in files and block < K
+    exact = not has_zeros or files.dtype(layer + _SCALE) in ("F16", "BF16")
+    if scheme.bits == 4 and exact and block % 2 == 0 and K % 2 == 0:
+        return lut4((N, K), block, offset=has_zeros, perm=ordered)
+    if ordered or (has_zeros and scheme.bits == 8):
+        return in_full(N, K)
+    return int8((N, K), block)

@@ -6,7 +6,8 @@ memory of its largest tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 
+# (files, config.json, weight, its shape in the model) -> the weight on the meta device
+WithoutData = Callable[[TensorFiles, dict[str, Any], str, tuple[int, ...]], Any]
+
+
 class Format(NamedTuple):
     """A quant_method of config.json: how its tensors are read and recognized."""
 
@@ -41,22 +46,35 @@ class Format(NamedTuple):
     has_own_settings: bool = False  # with the tensors, so that config.json may lack them
     notes: Callable[[dict[str, Any]], list[str]] | None = None  # what has no effect here
     expands: Callable[[dict[str, Any]], bool] | None = None  # whether weights are expanded
+    without_data: WithoutData | None = None  # None: the reader needs no data
 
 
 _FORMATS: dict[str, Format] = {
     own_format.KEY: Format(own_format.weights, own_format.is_own_format, True),
-    "bitsandbytes": Format(bnb.weights, bnb.is_stored, True),
-    "gptq": Format(gptq.weights, gptq.is_stored),
-    "awq": Format(awq.weights, gptq.is_stored),
+    "bitsandbytes": Format(bnb.weights, bnb.is_stored, True, without_data=bnb.without_data),
+    "gptq": Format(gptq.weights, gptq.is_stored, without_data=gptq.without_data),
+    "awq": Format(awq.weights, gptq.is_stored, without_data=awq.without_data),
     compressed_tensors.KEY: Format(
         compressed_tensors.weights,
         compressed_tensors.is_stored,
         notes=compressed_tensors.notes,
         expands=compressed_tensors.expands,
+        without_data=compressed_tensors.without_data,
     ),
-    "fp8": Format(fp8.weights, fp8.is_stored, notes=fp8.notes, expands=lambda config: True),
-    "mxfp4": Format(mxfp4.weights, mxfp4.is_stored),
-    "torchao": Format(torchao.weights, torchao.is_stored, notes=torchao.notes),
+    "fp8": Format(
+        fp8.weights,
+        fp8.is_stored,
+        notes=fp8.notes,
+        expands=lambda config: True,
+        without_data=fp8.without_data,
+    ),
+    "mxfp4": Format(mxfp4.weights, mxfp4.is_stored, without_data=mxfp4.without_data),
+    "torchao": Format(
+        torchao.weights,
+        torchao.is_stored,
+        notes=torchao.notes,
+        without_data=torchao.without_data,
+    ),
 }
 
 
@@ -91,7 +109,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(
             gguf, model.config, "gguf", model.weights, gguf_bytes=model.bytes, expands=floats
         )
-    files = TensorFiles(path)
+    return checkpoint_of(TensorFiles(path))
+
+
+def checkpoint_of(files: TensorFiles) -> Checkpoint:
+    """Return the checkpoint of files; raise CheckpointError as open_checkpoint."""
+    path = files.path
     config = read_json(files.config_file) if files.config_file.is_file() else {}
     method = check_stored_method(files, config)
     if method is None:
@@ -101,6 +124,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     notes = tuple(kind.notes(config)) if kind.notes else ()
     expands = kind.expands is not None and kind.expands(config)
     return Checkpoint(path, config, method, weights, files, notes=notes, expands=expands)
+
+
+def without_data(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Thunk]:
+    """Return the weights of a checkpoint of Headers, on the meta device.
+
+    Args:
+        shapes: of the model's weight that each stored one becomes, or becomes a part of."""
+    files, kind = checkpoint.files, _FORMATS[checkpoint.method or own_format.KEY]
+    if files is None or kind.without_data is None:
+        return checkpoint.weights
+    return {
+        name: thunk
+        if getattr(thunk, "func", None) == files.read  # stored in full precision
+        else functools.partial(
+            kind.without_data, files, checkpoint.config, name, shapes.get(name, ())
+        )
+        for name, thunk in checkpoint.weights.items()
+    }
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -131,6 +172,11 @@ def keeps_bits(path: str | Path) -> bool:
         return False
     checkpoint = open_checkpoint(path)
     return checkpoint.method is not None and not checkpoint.expands
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is a .gguf file, or a folder of which the only weights are one."""
+    return _gguf_file(Path(path)) is not None
 
 
 def _gguf_file(path: Path) -> Path | None:

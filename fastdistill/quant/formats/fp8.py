@@ -25,6 +25,7 @@ from torch import Tensor
 from ...runtime.checks import fail
 from .microscaling import powers_of_two
 from .tensor_files import Expanded, TensorFiles, Thunk, reading, with_plain
+from .without_data import in_full
 
 _SCALE = "_scale_inv"
 _ACTIVATIONS = ("activation_scale", "input_scale")
@@ -127,3 +128,10 @@ def expanded(
         for i in range(shape[-2]):
             values[..., i * rows : (i + 1) * rows, :] *= scale[..., i : i + 1, :]
     return Expanded(values, f"FP8 in blocks of {rows} × {columns}")
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Expanded:
+    """Return a weight on the meta device (without_data.py)."""
+    return in_full(*files.shape(name))

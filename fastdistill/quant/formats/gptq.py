@@ -37,6 +37,7 @@ from torch import Tensor
 from ...runtime.checks import fail
 from ..schemes import Int8Weight, Lut4Weight, table
 from .tensor_files import Expanded, TensorFiles, Thunk, integer, reading, with_plain
+from .without_data import in_full, int8, lut4
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
@@ -208,3 +209,21 @@ def nibbles_of(files: TensorFiles, name: str, rows: int, columns: int) -> Tensor
     words = files.matrix(name, torch.int32, rows, columns // 8)
     pairs = words.contiguous().view(torch.uint8)
     return torch.stack([pairs & 15, pairs >> 4], -1).reshape(rows, columns)
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Lut4Weight | Int8Weight | Expanded:
+    """Return a weight on the meta device (without_data.py)."""
+    settings, layer = config["quantization_config"], name.removesuffix(".weight")
+    with reading(files.config_file, "quantization_config"):
+        bits, group = bits_and_group(settings, (4, 8))
+    rows, N = files.shape(f"{layer}.qweight")
+    K = rows * 32 // bits
+    block = math.gcd(K if group == -1 else min(group, K), K)
+    ordered = bool(settings.get("desc_act")) and f"{layer}.g_idx" in files and block < K
+    if bits == 4:
+        return lut4((N, K), block, offset=True, perm=ordered)
+    if ordered or not settings.get("sym", True):
+        return in_full(N, K)
+    return int8((N, K), block)

@@ -16,6 +16,7 @@ import torch
 from ..schemes import Lut4Weight
 from .microscaling import microscaled, powers_of_two
 from .tensor_files import TensorFiles, Thunk, reading, with_plain
+from .without_data import lut4
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
@@ -46,3 +47,11 @@ def _read(files: TensorFiles, name: str) -> Lut4Weight:
     with reading(files.file_of(name + _SCALES), name + _SCALES):
         scale = powers_of_two(scales).view(rows, -1)
         return microscaled(blocks.reshape(rows, -1), scale, _BLOCK)
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Lut4Weight:
+    """Return a weight on the meta device (without_data.py)."""
+    E, N, groups = files.shape(name + _SCALES)
+    return lut4((E * N, groups * _BLOCK), _BLOCK)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from ..schemes import Int8Weight, QuantWeight
 from .compressed_tensors import four_bits
 from .fp8 import expanded, plain_floats, scale_of, tile_of
 from .tensor_files import Expanded, TensorFiles, Thunk, reading
+from .without_data import check_divides, in_full, int8, lut4
 
 _PREFIX, _CODES = "._weight_", "._weight_qdata"
 _PARTS = ("qdata", "scale", "zero_point")
 _OF_ACTIVATIONS = ("act_quant_scale", "act_quant_zero_point")
 _INTEGERS, _FLOATS = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), ("Float8Tensor",)
+_ASYMMETRIC = re.compile(r'"(weight_)?mapping_type": ({[^{}]*)?"ASYMMETRIC"')
 _HINT = (
     "load it with transformers where torchao is installed, replace each quantized weight by "
     "weight.dequantize(), and call save_pretrained"
@@ -103,3 +106,19 @@ def _integers(files: TensorFiles, layer: str, tile: tuple[int, int]) -> QuantWei
     with reading(files.file_of(name), name):
         qdata = steps.to(torch.int8)
         return Int8Weight(shape=(N, K), block=columns, qdata=qdata, scale=scale.reshape(-1))
+
+
+def without_data(
+    files: TensorFiles, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> QuantWeight | Expanded:
+    """Return a weight on the meta device (without_data.py)."""
+    layer, settings = name.removesuffix(".weight"), json.dumps(config["quantization_config"])
+    N, K = files.shape(layer + _CODES)
+    if files.dtype(layer + _CODES) != "I8":
+        return in_full(N, K)
+    scale = f"{layer}{_PREFIX}scale"
+    block = check_divides(files, scale, files.shape(scale)[-1], K)
+    has_zeros = f"{layer}{_PREFIX}zero_point" in files and _ASYMMETRIC.search(settings) is not None
+    if '"int4"' in settings and not has_zeros and block % 2 == 0:
+        return lut4((N, K), block)
+    return in_full(N, K) if has_zeros and '"int4"' not in settings else int8((N, K), block)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...hf.checkpoint import hub_headers
 from ...quant import is_quantized_checkpoint
 from ...quant.loading import load_shapes
 from ...runtime import checks
@@ -31,9 +32,9 @@ def plan_memory(
 
     Args:
         student, teacher: a folder, a config.json, a hub name or a .gguf file; only the config.json
-            or the file's header is read. A teacher that is stored quantized is counted as it is
-            loaded if the headers of its weights say so: a .gguf file or a folder of save_quantized.
-            Others are counted as in full precision, without teacher_quant; the plan says so.
+            and, of a quantized teacher, the headers of its weights are read. It is counted as it is
+            loaded. Without those headers (a config.json alone, a hub that is out of reach) it is
+            counted as in full precision, without teacher_quant; the plan says so.
         settings: of the run.
         gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal.
         tokens: tokens of the dataset, for the size of a cache and the time of one epoch.
@@ -68,7 +69,7 @@ def plan_memory(
         dtype = "float32" if settings.lora_rank is None else stored_dtype(student_config)
         settings = replace(settings, dtype=dtype)
     teacher_config = None if teacher is None else config_of("teacher", teacher)
-    packed = None if teacher is None or settings.cached else _packed(teacher)
+    packed = None if teacher is None or settings.cached else _packed(teacher, teacher_config)
     planner = Planner(student_config, teacher_config, device, card, packed)
     student_shapes = shapes_of(str(student), planner.student(settings.dtype, None))
     teacher_shapes = None if teacher is None else shapes_of(str(teacher), planner.teacher)
@@ -91,16 +92,22 @@ def plan_memory(
         card=card,
         proposal=None if card is None else propose(planner, settings, card),
         assumptions=_assumptions(
-            settings, device, packed is None and _is_quantized(teacher, teacher_config)
+            settings, device, packed is None and _is_quantized(teacher_config)
         ),
     )
 
 
-def _packed(teacher: str | Path) -> Any:
-    """Return a quantized teacher without data, of local weights; None if headers do not do."""
+def _packed(teacher: str | Path, config: Any) -> Any:
+    """Return a quantized teacher without data; None for full precision, or without headers."""
     path = Path(teacher).expanduser()
-    is_local = path.is_file() or any(path.glob("*.gguf")) or any(path.glob("*.safetensors"))
-    return load_shapes(path) if is_local and is_quantized_checkpoint(path) else None
+    if path.is_file() or any(path.glob("*.gguf")) or any(path.glob("*.safetensors")):
+        return load_shapes(path) if is_quantized_checkpoint(path) else None
+    if path.exists() or not _is_quantized(config):
+        return None
+    try:
+        return load_shapes(hub_headers(str(teacher), "teacher"))
+    except FileNotFoundError:
+        return None
 
 
 def _teacher_sizes(planner: Planner) -> dict[str, int]:
@@ -112,19 +119,19 @@ def _teacher_sizes(planner: Planner) -> dict[str, int]:
     return {dtype: bytes_of(teacher)} | schemes
 
 
-def _is_quantized(teacher: str | Path | None, config: Any) -> bool:
-    """Whether the weights of the teacher are stored in a quantized format."""
-    is_gguf = str(teacher).endswith(".gguf")
-    return getattr(config, "quantization_config", None) is not None or (
-        is_gguf and is_quantized_checkpoint(Path(str(teacher)).expanduser())
-    )
+def _is_quantized(config: Any) -> bool:
+    """Whether a configuration is that of quantized weights."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _assumptions(settings: Settings, device: str, quantized: bool) -> tuple[str, ...]:
     rows = "rows of unequal length" if settings.batch > 1 else "rows without padding"
     lines = [f"one process; {rows}; all tokens are targets; fused attention"]
     if quantized and settings.teacher_quant is None and not settings.cached:
-        lines.append("the quantized teacher is counted as in full precision")
+        lines.append(
+            "the quantized teacher is counted as in full precision: the headers of its weights "
+            "were not found"
+        )
     if device == "cuda":
         lines.append(
             f"{in_gb(CONTEXT)} for the CUDA context and libraries, and {FRAGMENTS:.0%} of the peak "
