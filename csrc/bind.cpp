@@ -78,6 +78,12 @@ const std::vector<Isa>& isas() {
       {"avx512_vnni",
        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
        &fastdistill::kVnniKernels},
+#else
+      {"avx2", {}, nullptr},
+      {"avx512", {}, nullptr},
+      {"avx512_vnni", {}, nullptr},
+#endif
+#ifdef FASTDISTILL_BF16_COMPILER
       {"avx512_bf16",
        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
         "avx512_bf16"},
@@ -87,9 +93,6 @@ const std::vector<Isa>& isas() {
         "avx512_bf16", "amx_tile", "amx_bf16"},
        &fastdistill::kAmxKernels},
 #else
-      {"avx2", {}, nullptr},
-      {"avx512", {}, nullptr},
-      {"avx512_vnni", {}, nullptr},
       {"avx512_bf16", {}, nullptr},
       {"amx_bf16", {}, nullptr},
 #endif

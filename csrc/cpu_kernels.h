@@ -11,6 +11,10 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define FASTDISTILL_X86_64 1
+// Compilers that know AVX512-BF16 and AMX by the names that isa_bf16.cpp and isa_amx.cpp use.
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11)
+#define FASTDISTILL_BF16_COMPILER 1
+#endif
 #endif
 
 namespace fastdistill {
@@ -79,8 +83,10 @@ extern const ProductKernels kTileModel;  // of the tiles of AMX, in plain C++
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
+#ifdef FASTDISTILL_BF16_COMPILER
 extern const Kernels kBf16Kernels;
 extern const Kernels kAmxKernels;
+#endif
 #endif
 
 }  // namespace fastdistill

@@ -2,7 +2,7 @@
 // function of theirs is compiled for these instructions.
 #include "cpu_kernels.h"
 
-#ifdef FASTDISTILL_X86_64
+#ifdef FASTDISTILL_BF16_COMPILER
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC PR105593: its own headers write `__m512i y = y` for a register whose content does not matter.
 #pragma GCC diagnostic ignored "-Wuninitialized"
