@@ -76,6 +76,11 @@ class VLLM(ThreadingHTTPServer):
             self.twist(choice)
         return 200, {"object": "text_completion", "model": MODEL, "choices": choices}
 
+    def scores(self, body):
+        """Log-probabilities of given ids; a server without --enable-scale-out has none."""
+        message = "Scale-out endpoints are disabled."
+        return 403, {"error": {"message": message, "type": "PermissionDeniedError", "code": 403}}
+
     @torch.no_grad()
     def _position(self, prompt, k, temperature):
         logits = self.model(input_ids=torch.tensor([prompt])).logits[0]
@@ -115,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.seen.append((body, self.headers))
         if self.server.faults:
             return self.server.faults.popleft()(self)
+        if self.path == "/inference/v1/generate":
+            return self.send(*self.server.scores(body))
         return self.send(*self.server.completion(body))
 
     def send(self, status, body, **headers):

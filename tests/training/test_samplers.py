@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastdistill import OpenAISampler
 from fastdistill.teachers.http import WrongAnswer
 from fastdistill.training.on_policy import sample
+from fastdistill.training.samplers import SampleRequest
 from helpers.served import VLLM, vllm
 from helpers.training import VOCAB, build, llama, ragged, train, weights
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "servers"
 RUN = {"lmbda": 1.0, "max_new_tokens": 4, "max_steps": 2, "check_signal": False}
 
 
@@ -66,7 +72,8 @@ class Sampling(VLLM):
     def completion(self, body):
         first = (sum(body["prompt"]) + body["seed"]) % (VOCAB - 5) + 3
         ids = [first, 7, *body["stop_token_ids"][:1], 9][: body["max_tokens"]]
-        choice = {"index": 0, "text": "…", "token_ids": ids if self.with_ids else None}
+        token_ids = ids if self.with_ids else None
+        choice = {"index": 0, "text": "…", "token_ids": token_ids, "finish_reason": "stop"}
         return 200, {"object": "text_completion", "choices": [choice]}
 
 
@@ -84,6 +91,66 @@ def test_a_server_samples(tmp_path):
     assert seen[0]["return_token_ids"] is True
     assert seen[0]["max_tokens"] == 4
     assert all(isinstance(token, int) for body in seen for token in body["prompt"])
+    # Else vLLM takes them from generation_config.json.
+    assert seen[0]["top_k"] == -1
+    assert seen[0]["min_p"] == 0
+    assert seen[0]["repetition_penalty"] == 1
+
+
+REQUEST = SampleRequest(
+    prompts=[[1, 4093, 198]],
+    seeds=[11],
+    max_new_tokens=40,
+    temperature=0.7,
+    top_p=0.9,
+    ends=[2],
+    vocab=49152,
+    model=None,
+    step=0,
+)
+
+
+@contextmanager
+def replay(name, listed):
+    """A sampler of a server that sends a recorded answer, and the requests it sends."""
+    content = json.loads((GOLDEN / f"{name}.json").read_text())
+
+    class Replay(VLLM):
+        def completion(self, body):
+            return content["status"], content["body"]
+
+    with vllm(None, kind=Replay) as server:
+        server.listed = json.loads((GOLDEN / f"{listed}.json").read_text())
+        server.listed = server.listed.get("body", server.listed)["data"][0]
+        yield OpenAISampler(server.url), server.seen
+
+
+def test_token_ids_of_vllm():
+    with replay("vllm-0.32.0-token_ids", "vllm-0.32.0-models") as (sampler, _):
+        (tokens,) = sampler(REQUEST)
+        assert len(tokens) == 40
+        assert tokens[:4] == [60, 344, 370, 284]
+        # finish_reason "length", as with a max_new_tokens of generation_config.json
+        with pytest.raises(WrongAnswer, match=r"expected 64 tokens .* --generation-config vllm"):
+            sampler(REQUEST._replace(max_new_tokens=64))
+
+
+def test_token_ids_of_llamacpp():
+    with replay("llamacpp-b11549-native-tokens", "llamacpp-b11549-models") as (sampler, seen):
+        (tokens,) = sampler(REQUEST)
+    assert tokens == [504, 3575, 282, 4649, 314, 7042, 28, 3575, 282, 4649, 30, 2]
+    (body, _) = seen[0]
+    assert body["n_predict"] == 40
+    assert body["samplers"] == ["temperature", "top_p"]  # its own have top_k 40 and min_p 0.05
+    assert body["seed"] == 11
+
+
+def test_llamacpp_refuses_a_row_that_is_too_long():
+    with (
+        replay("llamacpp-b11549-native-too-long", "llamacpp-b11549-models") as (sampler, _),
+        pytest.raises(ValueError, match="exceeds the available context size"),
+    ):
+        sampler(REQUEST)
 
 
 def test_a_server_without_token_ids_is_refused(tmp_path):

@@ -25,12 +25,14 @@ from .probing import LOGITS, are_logits, is_tempered
 from .requests import MAX_SCORED_IDS
 from .response_checks import WrongAnswer, check_answer
 from .server_info import TEACHER
+from .token_scores import read_scores, scores_request
 from .wire_format import NoPromptLogprobs, read_choices, unpack
 
 _TOKENS_PACKED, _TOKENS_JSON = 16384, 2048  # in one request
 _ANY_ID = 1 << 31
 _PROBE_TOKENS = 32  # length of the row that tests the temperature
 _PROBE_ROW = [0, 1] * 4  # valid in every vocabulary; real models soon predict the repetition
+_TOO_LONG = re.compile(r"maximum (?:context|model) length (?:is|of) (\d{1,9})\b")
 _ENTRY_JSON, _ENTRY_PACKED = 512, 16  # upper bounds for the bytes of one log-probability
 
 
@@ -103,6 +105,7 @@ class ServedTeacher:
         usual = _TOKENS_JSON if self.server_info is None else _TOKENS_PACKED
         self.tokens_per_request = tokens_per_request or usual
         self._tempered: set[float] = set()
+        self._scores_ids = self.server_info is not None
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
         if self.server_info is None:
@@ -217,26 +220,40 @@ class ServedTeacher:
     ) -> TopK:  # [B, T, K]
         """Return the log-probabilities of given next tokens, as `Teacher.logprobs_at` does.
 
-        Only fastdistill serve scores given ids; `check_scores_ids` raises for other servers.
+        fastdistill serve scores given ids; vLLM 0.32 does with --enable-scale-out, one request a
+        row, at temperature 1. `check_scores_ids` raises for other servers.
         """
         self.check_scores_ids("ids")
         checks.positive("temperature", temperature)
-        assert self.vocab_size is not None
-        rows = read_rows(input_ids, attention_mask, self.vocab_size)
-        check_scored_ids(ids, rows, self.vocab_size)
+        vocab = self.vocab_size or _ANY_ID
+        rows = read_rows(input_ids, attention_mask, vocab)
+        check_scored_ids(ids, rows, vocab)
         slots = ids.shape[-1]
         budget = min(self.tokens_per_request, max(1, MAX_SCORED_IDS // slots))
         scored = ids.flatten(0, 1)[rows.where.to(ids.device)].cpu().long()
-        parts = self._parts(rows, budget, scored)
+        parts = self._parts(rows, budget if self.server_info is not None else 1, scored)
+        if temperature != 1.0 and parts:
+            self._check_temperature(next(iter(parts[0].rows.values())), temperature)
         return self._answer_all(rows, parts, slots, temperature).to(input_ids.device)
 
     def check_scores_ids(self, name: str) -> None:
-        """Raise ValueError, for the argument `name`, unless the server scores given ids."""
-        if self.server_info is None:
+        """Raise ValueError, for the argument `name`, unless the server scores given ids.
+
+        Any server but fastdistill serve is asked once, with one token.
+        """
+        if self._scores_ids:
+            return
+        part = _Part(0, {0: _PROBE_ROW[:1]}, torch.tensor([_PROBE_ROW[:1]]))
+        try:
+            self._read_answer(part, 1, 1.0, threading.Event())
+        except (Refusal, WrongAnswer) as error:
+            got = error.message if isinstance(error, Refusal) else str(error)
             raise ValueError(
-                f"{name}: expected a server that scores given ids, got {self.url}, which gives the "
-                "likeliest tokens of its own choice. Serve the model with fastdistill serve"
-            )
+                f"{name}: expected a server that scores given ids, got {self.url}, which does not "
+                f"({got}). Start vLLM 0.32 or newer on a GPU with --enable-scale-out, or serve the "
+                "model with fastdistill serve"
+            ) from None
+        self._scores_ids = True
 
     def _check_k(self, k: int) -> None:
         vocab = self.vocab_size or _ANY_ID
@@ -295,43 +312,27 @@ class ServedTeacher:
         try:
             return self._read_answer(part, k, temperature, stop)
         except Refusal as refusal:
-            if match := re.search(r"maximum context length is (\d{1,9})\b", refusal.message):
+            if match := _TOO_LONG.search(refusal.message):
                 limit = limit_of_vllm(self.url, int(match[1]))
                 for number, row in part.rows.items():
                     limit.check(len(row), "input_ids", number)
             if match := re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message):
                 expected = f"at most {match[1]}, what {self.url} gives"
-                checks.fail("k", expected, k, f"start vLLM with --max-logprobs {k}")
+                name = "k" if part.ids is None else "ids"
+                checks.fail(name, expected, k, f"start vLLM with --max-logprobs {k}")
             raise
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
-        payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
-        rows = list(part.rows.values())
-        entries = (sum(part.lengths) + len(rows)) * (k + 1)
         if self.server_info is not None:
-            payload |= {"prompt": rows, "k": k}
-            if part.ids is not None:
-                payload |= {"k": None, "ids": [x.tolist() for x in part.ids.split(part.lengths)]}
-            limit = LARGEST + entries * _ENTRY_PACKED
-            reply = self._http.ask("/v1/topk", payload, stop=stop, limit=limit)
-            if reply.headers.get(TEACHER) != self.server_info.digest:
-                name = printable(self.server_info.identity.get("name"))
-                raise WrongAnswer(
-                    f"{self.url}: expected the teacher that answered at first ({name}), got "
-                    "answers of another one. Was the server started again with another model? Open "
-                    "a new ServedTeacher"
-                )
-            answer = unpack(reply.body, float(temperature), self.url)
+            answer = self._read_packed(part, k, temperature, stop)
+        elif part.ids is not None:
+            (row,) = part.rows.values()
+            payload = {"model": self.name, **scores_request(row, part.ids)}
+            reply = self._http.ask("/inference/v1/generate", payload, stop=stop)
+            answer = read_scores(reply.body, part.ids, float(temperature), self.url)
         else:
-            # The appended token does not affect the answers, so any token will do.
-            prompts = [[*row, row[-1]] for row in rows]
-            payload |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
-            limit = LARGEST + entries * _ENTRY_JSON
-            reply = self._http.ask("/v1/completions", payload, stop=stop, limit=limit)
-            try:
-                answer = read_choices(reply.body, prompts, k, float(temperature), self.url)
-            except NoPromptLogprobs as error:
-                raise self.listing.without_prompt_logprobs(str(error)) from None
+            answer = self._read_json(part, k, temperature, stop)
+        is_suspect = self.server_info is None and part.ids is None and are_logits(answer)
         try:
             check_answer(
                 answer,
@@ -342,14 +343,50 @@ class ServedTeacher:
                 scored=part.ids,
             )
         except WrongAnswer as error:
-            hint = f". {LOGITS}" if self.server_info is None and are_logits(answer) else ""
-            raise WrongAnswer(f"{error}{hint}") from None
-        if self.server_info is None and are_logits(answer):
+            raise WrongAnswer(f"{error}. {LOGITS}" if is_suspect else str(error)) from None
+        if is_suspect:
             raise WrongAnswer(
                 f"{self.url}: expected log-probabilities of all tokens that sum to 1, got numbers "
                 f"too small for that ({answer.logprobs.max():g} at most). {LOGITS}"
             )
         return answer
+
+    def _read_packed(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
+        """Return the answer of fastdistill serve."""
+        assert self.server_info is not None
+        rows = list(part.rows.values())
+        payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
+        payload |= {"prompt": rows, "k": k}
+        if part.ids is not None:
+            payload |= {"k": None, "ids": [x.tolist() for x in part.ids.split(part.lengths)]}
+        limit = LARGEST + _entries(part, k) * _ENTRY_PACKED
+        reply = self._http.ask("/v1/topk", payload, stop=stop, limit=limit)
+        if reply.headers.get(TEACHER) != self.server_info.digest:
+            name = printable(self.server_info.identity.get("name"))
+            raise WrongAnswer(
+                f"{self.url}: expected the teacher that answered at first ({name}), got "
+                "answers of another one. Was the server started again with another model? Open "
+                "a new ServedTeacher"
+            )
+        return unpack(reply.body, float(temperature), self.url)
+
+    def _read_json(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
+        """Return the answer of vLLM."""
+        # The appended token does not affect the answers, so any token will do.
+        prompts = [[*row, row[-1]] for row in part.rows.values()]
+        payload = {
+            "model": self.name,
+            "temperature": float(temperature),
+            "prompt": prompts,
+            "max_tokens": 1,
+            "prompt_logprobs": k,
+        }
+        limit = LARGEST + _entries(part, k) * _ENTRY_JSON
+        reply = self._http.ask("/v1/completions", payload, stop=stop, limit=limit)
+        try:
+            return read_choices(reply.body, prompts, k, float(temperature), self.url)
+        except NoPromptLogprobs as error:
+            raise self.listing.without_prompt_logprobs(str(error)) from None
 
     def _check_temperature(self, row: list[int], temperature: float) -> None:
         honors = self.server_info is not None and self.server_info.honours_temperature
@@ -365,3 +402,8 @@ class ServedTeacher:
                 f"{temperature:g}) from the model itself, or fastdistill serve"
             )
         self._tempered.add(temperature)
+
+
+def _entries(part: _Part, k: int) -> int:
+    """Return an upper bound for the number of log-probabilities in an answer."""
+    return (sum(part.lengths) + len(part.rows)) * (k + 1)

@@ -150,7 +150,7 @@ class Connection:
                     self._warned = False
                     return reply
                 message = message_of(reply.body)
-                if reply.status in (401, 403):
+                if reply.status == 401:
                     expected = f"the one that {self.url} was started with"
                     hint = "pass token=, or set FASTDISTILL_TOKEN"
                     checks.fail("token", expected, f"another ({message})", hint)

@@ -106,7 +106,7 @@ def test_answers_about_other_ids_are_refused(teacher, url, monkeypatch, lie):
 def test_vllm_is_refused_where_ids_are_to_be_scored(tmp_path):
     with vllm(peaked()) as server:
         served = ServedTeacher(server.url)
-        with pytest.raises(ValueError, match="expected a server that scores given ids"):
+        with pytest.raises(ValueError, match=r"expected a server that .*--enable-scale-out"):
             served.logprobs_at(torch.tensor([[5, 9]]), None, torch.tensor([[[1], [2]]]))
         with pytest.raises(ValueError, match="support: expected a server that scores given ids"):
             build(tmp_path, teacher=served, support="student", divergence="reverse_kl")

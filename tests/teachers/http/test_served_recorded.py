@@ -37,12 +37,18 @@ def body(name) -> bytes:
 
 
 @contextmanager
-def replay(answers, models="vllm-0.32.0-models"):
-    """A server with a recorded list of models; answers(request body) names what it replays."""
+def replay(answers, models="vllm-0.32.0-models", scores="vllm-0.32.0-scores-disabled"):
+    """A server with a recorded list of models; answers(request body) names what it replays.
+
+    `scores` names the replies to the requests that score given ids, one after the other."""
+    names = iter([scores] if isinstance(scores, str) else scores)
 
     class Replay(VLLM):
         def completion(self, body):
             return recorded(answers(body))
+
+        def scores(self, body):
+            return recorded(next(names))
 
     with vllm(None, kind=Replay) as server:
         server.listed = recorded(models)[1]["data"][0]
@@ -110,6 +116,50 @@ def test_refusals_name_the_argument(name, listed, k, length, error):
             served.listing = replace(served.listing, max_model_len=None)
         with pytest.raises(ValueError, match=error):
             served.topk(torch.full((1, length), 7), k=k)
+
+
+SCORED = torch.tensor([[[29, 28, 29], [282, 2240, 0], [260, 4649, -1], [314, -1, 314]]])
+AS_SENT = torch.tensor([[[29, 28, -1], [282, 2240, 0], [260, 4649, -1], [314, -1, -1]]])
+EXPECTED = [
+    [-0.833072, -2.583072, -math.inf],
+    [-0.335601, -2.335601, -13.648101],
+    [-2.165602, -2.415602, -math.inf],
+    [-0.472524, -math.inf, -math.inf],
+]
+PROBE = "vllm-0.32.0-scores-one"
+
+
+def test_vllm_scores_given_ids():
+    with replay(by_prompt, scores=[PROBE, "vllm-0.32.0-scores"]) as url:
+        answers = ServedTeacher(url).logprobs_at(ROWS[:1], None, SCORED)
+    expected = torch.tensor(EXPECTED)
+    torch.testing.assert_close(answers.logprobs[0], expected)
+    assert torch.equal(answers.ids, AS_SENT)
+    tail = torch.log1p(-expected.double().exp().sum(-1)).float()
+    torch.testing.assert_close(present(answers.log_tail)[0], tail)
+
+
+@pytest.mark.parametrize(
+    ("scores", "error"),
+    [
+        ("scores-disabled", "ids: expected a server that .* disabled.*--enable-scale-out"),
+        ("scores-no-runner", "ids: expected a server that scores given ids.*V2 model runner"),
+        ("scores-too-many", "ids: expected at most 64.*start vLLM with --max-logprobs 3"),
+        ("scores-outside", "out-of-vocab token ids"),
+        ("scores-too-long", "input_ids: .* of at most 62 tokens"),
+        ("scores-one", r"expected prompt_token_id_logprobs with fp32 of shape \[4, 3\]"),
+        ("token_ids", "expected prompt_token_id_logprobs"),
+    ],
+)
+def test_refusals_of_given_ids(scores, error):
+    first = [] if scores in ("scores-disabled", "scores-no-runner") else [PROBE]
+    with replay(by_prompt, scores=[*first, f"vllm-0.32.0-{scores}"]) as url:
+        served = ServedTeacher(url)
+        served.listing = replace(served.listing, max_model_len=None)
+        length = 63 if scores == "scores-too-long" else 4
+        row = torch.full((1, length), 7)
+        with pytest.raises(ValueError, match=error):
+            served.logprobs_at(row, None, SCORED[:, :1].expand(1, length, 3))
 
 
 def test_llamacpp_is_refused_by_name():

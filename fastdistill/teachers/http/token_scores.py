@@ -1,0 +1,65 @@
+"""vLLM's log-probabilities of given tokens: POST /inference/v1/generate, from vLLM 0.32.
+
+The server needs --enable-scale-out. prompt_logprob_token_ids [[id, …], …] has a row for every token
+of the prompt but the last, −1 in empty slots. The answer's prompt_token_id_logprobs is a .npy file
+in base64, fp32 of the same shape. The server ignores the temperature.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from ...kernels.token_loss import first_slots
+from ...losses.types import TopK
+from ...runtime.json_text import JSONError, parse_json
+from ...runtime.printable import printable
+from .response_checks import WrongAnswer
+
+_FLOOR = 2.0**-24  # of the tail's probability
+
+
+def scores_request(row: list[int], ids: Tensor) -> dict[str, Any]:  # [T, K]
+    """Return the request for the log-probabilities of ids after each token of a row."""
+    sampling = {
+        "temperature": 1.0,
+        "max_tokens": 1,
+        "detokenize": False,
+        "prompt_logprob_token_ids": ids.tolist(),
+    }
+    # The appended token does not affect the answers, so any token will do.
+    return {"token_ids": [*row, row[-1]], "sampling_params": sampling}
+
+
+def read_scores(body: bytes, ids: Tensor, temperature: float, url: str) -> TopK:  # [T, K]
+    """Return the answers at ids, where repeats become empty slots; the tail is 1 − Σ p."""
+    try:
+        text = parse_json(body, url, dict)["prompt_token_id_logprobs"]
+        array = _array(base64.b64decode(text, validate=True), tuple(ids.shape))
+    except (JSONError, KeyError, TypeError, ValueError) as error:
+        raise WrongAnswer(
+            f"{url}: expected prompt_token_id_logprobs with fp32 of shape {[*ids.shape]}, got "
+            f"{printable(body[:80])} ({printable(error, 80)})"
+        ) from None
+    empty = ~first_slots(ids)
+    logprobs = torch.from_numpy(array).masked_fill(empty, -torch.inf)
+    listed = logprobs.double().exp().sum(-1)
+    tail = torch.log1p(-listed.clamp(max=1 - _FLOOR)).float()
+    return TopK(ids.masked_fill(empty, -1), logprobs, tail, temperature)
+
+
+def _array(content: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the array of a .npy file; its header is checked before anything is allocated."""
+    file = io.BytesIO(content)
+    if npy.read_magic(file) != (1, 0):
+        raise ValueError("another version of .npy")
+    header = npy.read_array_header_1_0(file)
+    if header != (shape, False, np.dtype("<f4")):
+        raise ValueError(f"shape {header[0]}, {header[2]}")
+    return np.frombuffer(file.read(), "<f4").reshape(shape).copy()
