@@ -78,12 +78,12 @@ class ImageInputs:
         for kind, token in self.placeholders.items():
             pixels, place = _PIXELS.get(kind), f"the {kind} token (id {token})"
             has_token = bool((ids == token).any())
-            if has_token and pixels not in tensors:
+            if has_token and pixels not in self.columns:
                 hint = f"the {kind} would be lost: remove the row, or the token if it has none"
-                if pixels in self.columns:
-                    hint = "pass input_ids and the other tensors, as the processor returns them"
-                expected = f"{pixels or 'no audio'} beside {place}"
-                fail("input_ids", expected, f"{place} alone", hint)
+                fail("input_ids", f"rows without {place}, whose {kind} is not read", "one", hint)
+            if has_token and pixels not in tensors:
+                hint = "pass input_ids and the other tensors, as the processor returns them"
+                fail("input_ids", f"{pixels} beside {place}", "none", hint)
             if pixels in tensors and not has_token:
                 fail(str(pixels), f"{place} in input_ids", "none")
 

@@ -246,6 +246,8 @@ class DistillTrainer(WholeCheckpoints):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         if batches and is_on_policy(self.args, step):
+            for batch in batches:
+                check_images(batch.get("images", ()), self.teacher, self.args)
             model = without_adapters(self.accelerator.unwrap_model(self.model))
             options = {
                 "config": self.args,

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import IterableDataset
 from transformers import LlavaProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -130,7 +131,7 @@ IMAGED = vision.row("qwen2_vl", 0, 1)
     [
         ({"pixel_values": None}, "image_grid_thw: expected pixel_values or pixel_values_videos"),
         (NO_IMAGE, r"input_ids: expected pixel_values beside the image token \(id 60\), got"),
-        (NO_IMAGE | {"input_ids": [1, 61]}, "input_ids: expected pixel_values_videos beside"),
+        (NO_IMAGE | {"input_ids": [1, 61]}, "input_ids: expected rows without the video token"),
         ({"input_ids": [1, 2]}, r"pixel_values: expected the image token \(id 60\) in input_ids"),
         ({"mm_token_type_ids": [0] * 13}, "mm_token_type_ids: expected 1 at image tokens"),
         ({"pixel_values": "a.png"}, "pixel_values: expected a tensor"),
@@ -148,6 +149,25 @@ def test_a_text_with_an_image_token_and_no_image_is_refused(tmp_path):
     image = vision.row("llava", 0, 1)
     with pytest.raises(ValueError, match=r"input_ids: expected pixel_values .*example 0 of train"):
         build(tmp_path, model=vision.build("llava"), data=[image | {"pixel_values": None}])
+
+
+def test_audio_is_not_lost():
+    reads = Encoder(images=ImageInputs((), {"audio": 9}))
+    assert reads({"input_ids": [1, 2]}).images is None
+    with pytest.raises(ValueError, match=r"input_ids: expected rows without the audio token"):
+        reads({"input_ids": [1, 9]})
+
+
+def test_samples_do_not_lose_images_that_no_check_before_training_reads(tmp_path):
+    class Stream(IterableDataset[Any]):
+        def __iter__(self):
+            return iter(vision.rows("llava"))
+
+    student, teacher = vision.build("llava"), vision.build("llava", seed=1)
+    options = {"lmbda": 1.0, "max_new_tokens": 4, "max_steps": 1}
+    trainer = build(tmp_path, model=student, teacher=teacher, data=Stream(), **options)
+    with pytest.raises(ValueError, match="lmbda: expected 0 with images in the rows"):
+        trainer.train()
 
 
 def test_image_tokens_are_no_targets_and_are_not_cut():
