@@ -312,7 +312,7 @@ def samples_table(result: dict[str, Any]) -> str:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """Return whether top-k KL beats labels at equal time, on each kind of text, with intervals."""
+    """Return whether top-k KL beats labels at equal time and equal steps, with intervals."""
     sentences = []
     for kind, name in (("text", "prose"), ("chat", "chat answers")):
         row = next(
@@ -321,22 +321,22 @@ def conclusion(result: dict[str, Any]) -> str:
             if (row["arm"], row["steps"], row["text"], row["figure"])
             == (TOP_K.name, result["steps_of"][TOP_K.name][0], kind, "nll")
         )
-        value, low, high, n = (
-            row[f"minus_labels_at_equal_time_{part}"] for part in ("value", "low", "high", "n")
-        )
-        if value is None:
-            sentences.append(f"On held-out {name}, no seed has both students yet.")
-            continue
-        gap = f"{value:+.3f} nats per token"
-        if low is None:
-            sentences.append(f"On held-out {name}: {gap} from labels; one seed has no interval.")
-            continue
-        side = "better than" if high < 0 else "worse than" if low > 0 else "not clearly unlike"
-        sentences.append(
-            f"On held-out {name}, top-k KL is {side} labels at equal time: {gap} "
-            f"[{low:+.3f}, {high:+.3f}], {n} seeds."
-        )
+        parts = [_compared(row, equal) for equal in ("time", "steps")]
+        sentences.append(f"On held-out {name}, top-k KL is {' and '.join(parts)}.")
     return " ".join(sentences)
+
+
+def _compared(row: dict[str, Any], equal: str) -> str:
+    value, low, high, n = (
+        row[f"minus_labels_at_equal_{equal}_{part}"] for part in ("value", "low", "high", "n")
+    )
+    if value is None:
+        return f"not measured beside labels at equal {equal} yet"
+    gap = f"{value:+.3f} nats per token"
+    if low is None:
+        return f"{gap} from labels at equal {equal} (one seed has no interval)"
+    side = "better than" if high < 0 else "worse than" if low > 0 else "not clearly unlike"
+    return f"{side} labels at equal {equal} ({gap} [{low:+.3f}, {high:+.3f}], {n} seeds)"
 
 
 def seconds_of(arm: str, steps: int, result: dict[str, Any]) -> float:

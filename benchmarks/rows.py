@@ -36,7 +36,8 @@ def current_machine() -> str:
     if cpuinfo.exists():
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {machine_info['threads']} threads, {machine_info['cpu_capability']}"
+    instructions = machine_info["cpu_isa"] or machine_info["cpu_capability"]
+    return f"{model}, {machine_info['threads']} threads, {instructions}"
 
 
 @functools.cache
