@@ -1,5 +1,6 @@
 """Reading torchao's tensors: their values from the codes, and as torchao itself expands them."""
 
+import itertools
 import json
 
 import pytest
@@ -15,8 +16,9 @@ LAYER = "model.layers.0.mlp.up_proj"
 CONFIG = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
 
 
-def entry(kind, block):
+def entry(kind, block, shape=None):
     data = {"block_size": block, "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    data |= {"shape": shape} if shape else {}
     return {f"{LAYER}.weight": json.dumps({"_type": kind, "_data": data})}
 
 
@@ -77,6 +79,40 @@ def test_floats(tmp_path):
     assert torch.equal(weight.values, meaning(parts, 1, 24).float())
 
 
+def tiled(q):
+    """Words of codes [N, K], N of 8 and K of 128, by the kernel's description of its threads."""
+    N, K = q.shape
+    words = torch.zeros(N // 8, K // 128, 32, 4, dtype=torch.int64)
+    for i, j, t, inner in itertools.product(*map(range, words.shape)):
+        first = 16 * (8 * j + 2 * inner) + 2 * (t % 4)
+        columns = [first, first + 1, first + 8, first + 9]
+        v = [int(q[8 * i + t // 4, k]) for k in (*columns, *(k + 16 for k in columns))]
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        words[i, j, t, inner] = sum(v[k] << 4 * at for at, k in enumerate(order))
+    return words.where(words < 1 << 31, words - (1 << 32)).to(torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["Int4Tensor", "Int4TilePackedTo4dTensor"])
+def test_packed_codes_with_zeros_that_are_added(tmp_path, kind):
+    torch.manual_seed(0)
+    N, K, group = 12, 96, 32
+    q = torch.randint(16, (16, 128))  # padded
+    scale, zero = (torch.randn(128 // group, 16).bfloat16() for _ in range(2))
+    if kind == "Int4Tensor":
+        q, scale, zero = q[:N, :K], scale[: K // group, :N], zero[: K // group, :N]
+        signed = (q - 8) & 15
+        packed = (signed[:, ::2] | signed[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
+        parts = {"qdata": packed, "scale": scale.contiguous(), "zero_point": zero.contiguous()}
+    else:
+        parts = {"qdata": tiled(q), "scale_and_zero": torch.stack([scale, zero], -1)}
+    weight = read(tmp_path, parts, entry(kind, [1, group], [N, K]))
+    assert isinstance(weight, Lut4Weight)
+    assert_planned(tmp_path, f"{LAYER}.weight", weight)
+    steps = (q - 8)[:N, :K].float()
+    scale, zero = (x.float().t()[:N].repeat_interleave(group, 1)[:, :K] for x in (scale, zero))
+    assert torch.equal(values(weight), steps * scale + zero)
+
+
 def test_activations_are_noted(tmp_path):
     kind = {"default": {"_type": "Int8DynamicActivationInt8WeightConfig"}}
     tensors = {
@@ -113,7 +149,19 @@ def test_values_of_the_package(tmp_path, name):
 @pytest.mark.parametrize(
     ("changes", "metadata", "words"),
     [
-        ({}, entry("Int4TilePackedTo4dTensor", [1, 8]), r"_type: expected one of .*dequantize\(\)"),
+        ({}, entry("Int4PlainInt32Tensor", [1, 8]), r"_type: expected one of .*dequantize\(\)"),
+        ({}, entry("Int4Tensor", [1, 8]), r"expected an entry 'shape', got none"),
+        (
+            {},
+            entry("Int4Tensor", [1, 8], [6, 50]),
+            r"expected \[1, an even divisor of 50 columns\]",
+        ),
+        ({}, entry("Int4Tensor", [1, 8], [6, 48]), r"zero_point', got none of that name"),
+        (
+            {},
+            entry("Int4TilePackedTo4dTensor", [1, 8], [6, 48]),
+            r"\[1, 'any', 32, 'any'\] of int32",
+        ),
         ({}, entry("Int8Tensor", [1, 0]), r"block_size: expected two positive integers"),
         ({}, entry("Int8Tensor", None), r"block_size: expected two positive integers"),
         ({}, entry("Int8Tensor", [1, 5]), r"qdata': expected whole blocks of 1 × 5"),

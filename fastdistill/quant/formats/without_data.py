@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from ..schemes import Int8Weight, Lut4Weight, Nested
-from .tensor_files import Expanded, TensorFiles, fail_checkpoint
+from .tensor_files import Expanded, TensorFiles
 
 _TABLE = torch.zeros(16)  # with data, since merging compares tables
 
@@ -104,11 +104,3 @@ def int8(shape: tuple[int, int], block: int) -> Int8Weight:
 
 def in_full(*shape: int) -> Expanded:
     return Expanded(meta(*shape), "their type")
-
-
-def check_divides(files: TensorFiles, name: str, count: int, columns: int) -> int:
-    """Return columns / count, the size of a block; raise CheckpointError if it is no integer."""
-    if count < 1 or columns % count:
-        place = f"{files.file_of(name)}: tensor {name!r}"
-        fail_checkpoint(place, f"scales of whole blocks of {columns} columns", count)
-    return columns // count
