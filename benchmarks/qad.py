@@ -27,17 +27,23 @@ from .shapes import Shape
 
 SCHEMES = ("nvfp4", "int4")
 SEEDS = (0, 1, 2)
-STEPS, BATCH, LENGTH = 24, 8, 128
+STEPS, BATCH, LENGTH = 10, 8, 64
 LEARNING_RATE = 1e-4
-SHAPE = Shape(N=96, H=256, V=2048, K=0)  # N: held-out sequences of 128 tokens
+SHAPE = Shape(N=32, H=256, V=2048, K=0)  # N: held-out sequences of 64 tokens
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
     results = []
+    teacher, tokenizer, _ = shipped_teacher()
+    text = corpus.standard_library()
+    held_out = corpus.document_windows(text.held_out, tokenizer, length=LENGTH, per_document=2)
     for scheme in SCHEMES:
         before, after = [], []
         for seed in SEEDS:
-            first, last = distilled(scheme, seed, sequences=shape.N)
+            train = corpus.packed_windows(
+                text.train, tokenizer, length=LENGTH, max_windows=STEPS * BATCH, seed=seed
+            )
+            first, last = distilled(teacher, scheme, seed, train.ids, _first(held_out, shape.N))
             before.append(first)
             after.append(last)
             results.append(_row(shape, f"{scheme}, QAD, seed {seed}", last, np.zeros_like(last)))
@@ -47,16 +53,12 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     return results
 
 
-def distilled(scheme: str, seed: int, *, sequences: int) -> tuple[np.ndarray, np.ndarray]:
+def distilled(
+    teacher: fd.Teacher, scheme: str, seed: int, train: torch.Tensor, held_out: corpus.Windows
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the KL of each held-out file before and after training, nats per token."""
-    teacher, tokenizer, _ = shipped_teacher()
     student: Any = copy.deepcopy(teacher.model).requires_grad_(True)
     fake_quantize(student, scheme)
-    text = corpus.standard_library()
-    train = corpus.packed_windows(
-        text.train, tokenizer, length=LENGTH, max_windows=STEPS * BATCH, seed=seed
-    )
-    held_out = corpus.document_windows(text.held_out, tokenizer, length=LENGTH, per_document=2)
     with tempfile.TemporaryDirectory() as folder:
         trainer = fd.DistillTrainer(
             student,
@@ -78,13 +80,17 @@ def distilled(scheme: str, seed: int, *, sequences: int) -> tuple[np.ndarray, np
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
             ),
-            train_dataset=[{"input_ids": ids} for ids in train.ids],
+            train_dataset=[{"input_ids": ids} for ids in train],
         )
-        examples = [{"input_ids": ids} for ids in held_out.ids[:sequences]]
-        owners = held_out.document[:sequences].numpy()
+        examples = [{"input_ids": ids} for ids in held_out.ids]
+        owners = held_out.document.numpy()
         before = _kl_of_documents(trainer, examples, owners)
         trainer.train()
         return before, _kl_of_documents(trainer, examples, owners)
+
+
+def _first(windows: corpus.Windows, sequences: int) -> corpus.Windows:
+    return windows._replace(ids=windows.ids[:sequences], document=windows.document[:sequences])
 
 
 def _kl_of_documents(trainer: Any, examples: list[Any], owners: np.ndarray) -> np.ndarray:
