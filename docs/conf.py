@@ -46,7 +46,10 @@ napoleon_custom_sections = [("Returns", "notes_style"), ("Raises", "notes_style"
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|matplotlib|numpy|pathlib|random|torch|transformers)\..*"),
     ("py:.*", r"fastdistill\.(alignment|hf|quant|teachers|training)\..*"),
-    ("py:.*", r"(Divergence|Module|Path|PreTrainedModel|ProcessGroup|Tensor)"),
+    (
+        "py:.*",
+        r"(Divergence|Logits|LossConfig|Module|Path|PositionLoss|PreTrainedModel|ProcessGroup|Tensor)",
+    ),
 ]
 if os.environ.get("FASTDISTILL_DOCS_LINKS"):
     extensions.append("sphinx.ext.intersphinx")

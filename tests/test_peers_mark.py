@@ -21,6 +21,7 @@ PEERS = {
     "openai",
     "ray",
     "scipy",
+    "speculators",
     "torchao",
     "trl",
 }

@@ -1,9 +1,10 @@
 """Drop-in replacements for losses and trainers of other libraries: change one import line.
 
-    Liger     from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD
-    axolotl   from fastdistill.compat import TopKLogprobLoss as LigerFusedLinearKLTopKLogprobLoss
-    TRL       from fastdistill.compat import GKDTrainer
-    TRL       from fastdistill.compat import DistillationTrainer
+    Liger        from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD
+    axolotl      from fastdistill.compat import TopKLogprobLoss as LigerFusedLinearKLTopKLogprobLoss
+    speculators  from fastdistill.compat import speculators as losses
+    TRL          from fastdistill.compat import GKDTrainer
+    TRL          from fastdistill.compat import DistillationTrainer
 
 The trainers accept TRL's own configuration objects, and raise an error that names any option
 without a counterpart here.

@@ -129,7 +129,7 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
 def run_everything() -> None:
     """Each public function on the widest tiles, with and without what specialises a kernel."""
     import fastdistill as fd
-    from fastdistill.kernels.divergences import NAMES
+    from fastdistill.kernels.divergences import COMBINED, SEPARABLE
     from fastdistill.kernels.head import LMHead
     from fastdistill.losses.linear_head import topk_at
     from fastdistill.runtime import backend
@@ -165,7 +165,8 @@ def run_everything() -> None:
             # Triton folds arguments that are 1 into constants: one token, one slot.
             one = fd.TopK(ids[:1, :1], lp[:1, :1], None, options.get("temperature", 1.0))
             fd.topk_distill_loss(x[:1], w, one, **options).backward()
-            names = NAMES if options is plain and dtype == torch.bfloat16 else ("jsd",)
+            every = (*SEPARABLE, *COMBINED)
+            names = every if options is plain and dtype == torch.bfloat16 else ("jsd",)
             for name in names:
                 fd.linear_distill_loss(x, w, x, w, divergence=name, **options).backward()
             extras: dict[str, Any] = {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
