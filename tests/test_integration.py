@@ -83,7 +83,7 @@ def test_opcheck(impl_of_auto):
     torch.library.opcheck(lse_gather, (x, w, None, ids), {**shaped, "moment": False, "base": False})
     torch.library.opcheck(gather_logits, (x, w, b, ids), at_2)
     scalars = dense_scalars(LMHead(w, valid_vocab=70), impl_of_auto, ce_weight=0.1)
-    teacher = (c.hidden, c.weight, None, c.labels)
+    teacher = (c.hidden, c.weight, None, c.labels, None)
     torch.library.opcheck(dense_rows, (x, w, b, *teacher), scalars)
 
 
@@ -107,7 +107,7 @@ def test_opcheck_of_gradient_in_forward(op, impl_of_auto):
         scalars = LossOptions().scalars() | head.scalars()
         scalars |= {"base": False, "entropy": True, "impl": impl_of_auto, "filter_eps": None}
     else:
-        args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None)
+        args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, None)
         scalars = dense_scalars(head, impl_of_auto)
     function = getattr(torch.ops.fastdistill, op).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
