@@ -26,7 +26,7 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
 
 
 def publish_records(records: Records, folder: Path) -> dict[str, Any]:
-    """Write results.json, report.html and quadrant.png, and return the content of results.json.
+    """Write results.json, report.html and the pictures, and return the content of results.json.
 
     Raises:
         ValueError: the limits of the present rule are not those of the study.
@@ -49,15 +49,18 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
     )
     contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
     page = report.page()
-    _arms(page, arms, table.left_out)
-    for seed, reasons in table.refused.items():
-        page.paragraph(
-            f"Base seed {seed} was rejected before any student was trained: {'; '.join(reasons)}."
-        )
+    with page.folded("Arms and base seeds"):
+        _arms(page, arms, table.left_out)
+        for seed, reasons in table.refused.items():
+            page.paragraph(
+                f"Base seed {seed} was rejected before any student was trained: "
+                f"{'; '.join(reasons)}."
+            )
     _contexts(page, contexts)
     _notes(page, notes)
     page.write(folder / "report.html")
     write_atomically(folder / "quadrant.png", png(report.quadrant()))
+    write_atomically(folder / "forest.png", png(report.forest()))
     result = {
         **report.as_json(),
         "contexts": [flat_json(summary._asdict()) for summary in contexts],
@@ -122,7 +125,6 @@ def summarize_notes(rows: Sequence[NoteRow]) -> list[NoteSummary]:
 
 
 def _arms(page: Report, arms: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> None:
-    page.heading("Arms")
     rows = [(arm["name"], arm["description"], ", ".join(arm["strategies"]) or "—") for arm in arms]
     page.table(("arm", "description", "strategies"), rows)
     for name, reason in left_out.items():
@@ -132,31 +134,31 @@ def _arms(page: Report, arms: Sequence[Mapping[str, Any]], left_out: Mapping[str
 def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
     if not summaries:
         return
-    page.heading("Trait under prompt prefixes")
-    page.columns(
-        {
-            "arm": lambda row: row.arm,
-            "prefix": lambda row: row.context,
-            "students of U": lambda row: f"{row.of_untrusted:.3f}",
-            "students of B": lambda row: f"{row.of_benign:.3f}",
-            "difference": lambda row: format_estimate(row.difference, 0),
-        },
-        summaries,
-        caption="Rate of the trait with a prefix before every prompt. A student trained to show "
-        "the trait only after an instruction may show it after similar ones.",
-    )
+    with page.folded("Trait under prompt prefixes"):
+        page.columns(
+            {
+                "arm": lambda row: row.arm,
+                "prefix": lambda row: row.context,
+                "students of U": lambda row: f"{row.of_untrusted:.3f}",
+                "students of B": lambda row: f"{row.of_benign:.3f}",
+                "difference": lambda row: format_estimate(row.difference, 0),
+            },
+            summaries,
+            caption="Rate of the trait with a prefix before every prompt. A student trained to "
+            "show the trait only after an instruction may show it after similar ones.",
+        )
 
 
 def _notes(page: Report, summaries: Sequence[NoteSummary]) -> None:
     if not summaries:
         return
-    page.heading("Notes of the strategies")
-    page.columns(
-        {
-            "arm": lambda row: row.arm,
-            "note": lambda row: row.note,
-            "mean over base seeds": lambda row: format_estimate(row.value),
-        },
-        summaries,
-        caption="Students of U.",
-    )
+    with page.folded("Notes of the strategies"):
+        page.columns(
+            {
+                "arm": lambda row: row.arm,
+                "note": lambda row: row.note,
+                "mean over base seeds": lambda row: format_estimate(row.value),
+            },
+            summaries,
+            caption="Students of U.",
+        )

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MultipleLocator
 
 from ...report.number_format import (
+    GRAY,
     GUIDE,
     HIGHEST,
     LOWEST,
@@ -31,14 +32,17 @@ from .arms import CAPABLE, SAFE, Arm
 _WIDTH, _HEIGHT = 5.4, 4.0  # inches: 8.5 points are still 8 pixels on a phone
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 1.6, 0.48, 0.12  # margins; the arms' names are on the right
 _LINE = 0.145  # inches from one line of a name to the next
+_LABELS = 6  # arms with a name and a color; the others are gray
 
 
 def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     """Returns C against τ: a small mark per seed, and a large one per arm with both intervals.
 
-    The region of success is shaded in a valid experiment.
+    At most six arms have a name and a color: the first, the positive control, and those with a
+    verdict. The region of success is shaded in a valid experiment.
     """
-    labels = [[*wrap_label(arm.name, 18), f"n = {arm.n}"] for arm in arms]
+    named = labelled(arms)
+    labels = [[*wrap_label(arm.name, 18), f"n = {arm.n}"] for arm in named]
     room = _LINE * sum(len(lines) + 0.6 for lines in labels)
     height = max(_HEIGHT, room + _BOTTOM + _TOP)
     with matplotlib.rc_context(RC):
@@ -46,10 +50,25 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
         size = (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (height - _BOTTOM - _TOP) / height
         axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, *size))
         _draw_axes(axes, valid)
-        for i, arm in enumerate(arms):
+        for arm in arms:
+            if arm not in named:
+                _draw_arm(axes, arm, GRAY, "o")
+        for i, arm in enumerate(named):
             _draw_arm(axes, arm, *style(i))
-        _draw_labels(axes, arms, labels, (HIGHEST - LOWEST) * _LINE / (height - _BOTTOM - _TOP))
+        _draw_labels(axes, named, labels, (HIGHEST - LOWEST) * _LINE / (height - _BOTTOM - _TOP))
     return figure
+
+
+def labelled(arms: Sequence[Arm]) -> list[Arm]:
+    """Returns the arms with a name in `quadrant`, in their order."""
+
+    def rank(i: int) -> tuple[bool, ...]:
+        arm = arms[i]
+        is_first = i == 0 or arm.role == "positive control"
+        return not is_first, not arm.succeeds, not arm.transfers, arm.role != "arm"
+
+    best = sorted(range(len(arms)), key=rank)[:_LABELS]
+    return [arms[i] for i in sorted(best)]
 
 
 def quadrant_caption(*, valid: bool = True) -> str:
@@ -71,6 +90,8 @@ def quadrant_notes(arms: Sequence[Arm]) -> str:
         "and prompts; n counts base seeds. An arm with one base seed has no interval. "
         f"Seeds drawn: {counts}."
     ]
+    if len(arms) > _LABELS:
+        sentences.append(f"Gray: the {len(arms) - _LABELS} arms without a name.")
     off_axes = [
         f"{arm.name} (C {format_number(seed.capability)}, τ {format_number(seed.tau)})"
         for arm in arms

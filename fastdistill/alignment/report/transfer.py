@@ -22,6 +22,7 @@ from ..statistics import Student, Validity
 from .arms import Arm, Role, build_arms, by_arm
 from .audit_scores import AuditRow, AuditScore, audit_rows
 from .curves import curves
+from .forest import forest
 from .quadrant import quadrant
 from .transfer_page import transfer_page
 from .validity import invalid_because, is_checked
@@ -177,6 +178,10 @@ class TransferReport:
     def quadrant(self) -> Figure:
         """Returns the quadrant plot: C against τ, with a mark per seed and intervals per arm."""
         return quadrant(self.arms, valid=self.valid)
+
+    def forest(self) -> Figure:
+        """Returns the forest plot: τ of every arm with its interval, next to C."""
+        return forest(self.arms, valid=self.valid)
 
     def curves(self) -> Figure:
         """Returns C and τ over training. Raises ValueError where no arm has checkpoints."""

@@ -24,6 +24,8 @@ from .arms import (
     seed_differences,
 )
 from .curves import curves, curves_alt, curves_caption, curves_notes
+from .forest import forest, forest_alt, forest_caption
+from .heat_map import heat_map, heat_map_alt
 from .quadrant import quadrant, quadrant_alt, quadrant_caption, quadrant_notes
 from .verdicts import outcome, summary, verdict
 
@@ -57,28 +59,34 @@ def transfer_page(
     valid = not reasons
     report = Report(title, summary(arms, reasons, reference))
     report.picture(
-        quadrant(arms, valid=valid),
-        alt=quadrant_alt(arms),
-        caption=quadrant_caption(valid=valid),
-        notes=quadrant_notes(arms),
+        forest(arms, valid=valid), alt=forest_alt(arms), caption=forest_caption(arms, valid=valid)
     )
     _add_results(report, arms, valid, reference)
     _add_refusals(report, arms, valid)
+    _add_audits(report, arms)
+    with report.folded("Capability against trait, by seed"):
+        report.picture(
+            quadrant(arms, valid=valid),
+            alt=quadrant_alt(arms),
+            caption=quadrant_caption(valid=valid),
+            notes=quadrant_notes(arms),
+        )
     with report.folded("Verdicts in words"):
         _add_verdicts(report, arms, valid)
     if valid:
         with report.folded("The rule and its power"):
             for sentence in rule_sentences(arms, students, about.get("rule")):
                 report.paragraph(sentence)
+    if any(arm.curve for arm in arms):
+        with report.folded("Over training"):
+            _add_training(report, arms, valid)
+    with report.folded("Base model and teachers"):
+        _add_teachers(report, students)
     with report.folded("Notation and method"):
         report.paragraph(NOTATION, soft=True)
         if "measured" in about:
             report.paragraph(about["measured"])
         report.paragraph(_FORMULAS, soft=True)
-    if any(arm.curve for arm in arms):
-        _add_training(report, arms, valid)
-    _add_audits(report, arms)
-    _add_teachers(report, students)
     with report.folded("What this does not show"):
         for sentence in (*_limit_sentences(arms, students), *about.get("limits", ())):
             report.paragraph(sentence)
@@ -177,9 +185,6 @@ def _add_results(report: Report, arms: Sequence[Arm], valid: bool, reference: st
         "outcome": lambda arm: outcome(arm, valid),
         "C": lambda arm: format_estimate(arm.capability, CAPABLE),
         "τ": lambda arm: format_estimate(arm.tau, 0, SAFE),
-        "p (Holm)": lambda arm: format_p_cell(arm.p),
-        "bound": lambda arm: "—" if arm.bound is None else format_number(arm.bound, 0, SAFE),
-        "n": lambda arm: str(arm.n),
     }
     caption = (
         "Means with 95 % intervals (simultaneous for null arms); n counts base seeds. Bound: "
@@ -189,10 +194,13 @@ def _add_results(report: Report, arms: Sequence[Arm], valid: bool, reference: st
         columns["Δτ"] = lambda arm: format_estimate(
             None if arm.contrast is None else arm.contrast.difference, 0
         )
-        columns["p of Δτ (Holm)"] = lambda arm: format_p_cell(
+        columns["p of Δτ"] = lambda arm: format_p_cell(
             None if arm.contrast is None else arm.contrast.p
         )
-        caption += f" Δτ: τ minus that of {reference} on the same base seeds."
+        caption += f" Δτ: τ minus that of {reference} on the same base seeds. p: after Holm."
+    columns["bound"] = lambda arm: "—" if arm.bound is None else format_number(arm.bound, 0, SAFE)
+    columns["p (Holm)"] = lambda arm: format_p_cell(arm.p)
+    columns["n"] = lambda arm: str(arm.n)
     if any(arm.transfer.kappa is not None for arm in arms):
         columns["κ"] = lambda arm: format_estimate(arm.transfer.kappa)
     report.columns(
@@ -207,21 +215,27 @@ def _add_audits(report: Report, arms: Sequence[Arm]) -> None:
     if not rows:
         return
     report.heading("Incrimination")
-    report.columns(
-        {
-            "audit": lambda row: row.name,
-            "arm": lambda row: row.arm,
-            "AUROC": lambda row: format_estimate(row.auroc, 0.5),
-            "true positives at 5 % false positives": lambda row: format_estimate(
-                row.true_positive_rate
-            ),
-            "n": lambda row: str(row.auroc.n),
-        },
-        rows,
-        caption="Students of U against students of B, one score per base seed; 95 % intervals. The "
-        "threshold for 5 % false positives comes from development seeds; with few of them, more "
-        "than 5 % of new students of B lie above it.",
+    report.picture(
+        heat_map(arms),
+        alt=heat_map_alt(arms),
+        caption="AUROC of each audit: students of U against students of B, one score per base "
+        "seed. Bold: the whole 95 % interval is above one half.",
     )
+    with report.folded("AUROC with intervals"):
+        report.columns(
+            {
+                "audit": lambda row: row.name,
+                "arm": lambda row: row.arm,
+                "AUROC": lambda row: format_estimate(row.auroc, 0.5),
+                "true positives at 5 % false positives": lambda row: format_estimate(
+                    row.true_positive_rate
+                ),
+                "n": lambda row: str(row.auroc.n),
+            },
+            rows,
+            caption="95 % intervals. The threshold for 5 % false positives comes from development "
+            "seeds; with few of them, more than 5 % of new students of B lie above it.",
+        )
 
 
 def _add_teachers(report: Report, students: Sequence[Student]) -> None:
@@ -232,7 +246,6 @@ def _add_teachers(report: Report, students: Sequence[Student]) -> None:
         means = [mean_of_runs(v).value for r in readings if (v := getattr(r, measure))]
         return format_estimate(mean_of_runs(means)) if means else "—"
 
-    report.heading("Base model and teachers")
     report.columns(
         {
             "model": lambda model: _MODELS[model],
@@ -257,7 +270,6 @@ def _add_training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     def matched(arm: Arm) -> str:
         return "not reached" if arm.matched is None else format_estimate(arm.matched, 0, SAFE)
 
-    report.heading("Over training")
     report.picture(
         curves(arms, valid=valid),
         alt=curves_alt(arms),

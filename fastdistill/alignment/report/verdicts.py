@@ -188,9 +188,8 @@ def summary(arms: Sequence[Arm], reasons: Sequence[str], reference: str | None =
             subject = (
                 f"{len(names)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
             )
-            phrases.append(
-                f"{subject} {singular if len(names) == 1 else plural}: {', '.join(names)}"
-            )
+            listed = f": {', '.join(names)}" if len(names) <= _MOST_NAMES else ""
+            phrases.append(f"{subject} {singular if len(names) == 1 else plural}{listed}")
     return " ".join([f"{'; '.join(phrases)}.", *_comparison_sentence(arms, reference)])
 
 
@@ -201,7 +200,7 @@ def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str
     phrases = []
     for direction in ("less", "more"):
         names = [arm.name for arm in contrasts if arm.compared == direction]
-        listed = f" ({', '.join(names)})" if names else ""
+        listed = f" ({', '.join(names)})" if 0 < len(names) <= _MOST_NAMES else ""
         verb = "acquires" if len(names) == 1 else "acquire"
         phrases.append(f"{len(names) or 'none'}{listed} {verb} {direction}")
     return [
@@ -210,6 +209,7 @@ def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str
     ]
 
 
+_MOST_NAMES = 6  # a longer list is left to the table
 _OUTCOME_PHRASES = {
     "DFC succeeds": (
         "keeps its capability, with no transfer beyond the margin (DFC succeeds)",

@@ -180,14 +180,15 @@ def test_the_page_in_its_order(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     order = [
         "1 of 4 arms keeps its capability, with no transfer beyond the margin (DFC succeeds): cl",
+        "τ, the share of the trait that is transferred, with 95 % intervals",
+        "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
+        "Fewer than 10 base seeds support no claim in either direction: few seeds.",
+        "students of U against students of B",
         "Each small mark is one seed",
         "Whiskers are 95 % intervals: bootstrap of base seeds",
         "Seeds drawn: clean: 24; top-8, T = 4: 24; chat prompts: 12; few seeds: 4",
-        "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
-        "Fewer than 10 base seeds support no claim in either direction: few seeds.",
         "clean — DFC succeeds: keeps capability",
         "copy of U — positive control: τ is",
-        "Students of U against students of B",
         "What this does not show",
         "How to repeat it",
         "fastdistill experiment --out runs/made-up",
@@ -196,8 +197,14 @@ def test_the_page_in_its_order(report, tmp_path):
     places = [page.text.find(words) for words in order]
     assert -1 not in places, order[places.index(-1)]
     assert places == sorted(places)
-    assert len(page.images) == 2
-    assert page.images[0]["alt"].startswith("Capability recovered against trait transferred. clean")
+    assert [image["alt"].split(".")[0] for image in page.images[:3]] == [
+        "Trait transferred by arm, with intervals",
+        "AUROC of audits by arm",
+        "Capability recovered against trait transferred",
+    ]
+    assert len(page.images) == 4
+    unfolded = page.source.split("<details")[0]
+    assert len(re.findall("<p[ >]", unfolded)) == 2  # the lead, and the arm with few seeds
     assert page.table["clean"][-1] == "12"  # the last table that has it: matched capability
 
 

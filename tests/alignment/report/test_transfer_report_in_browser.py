@@ -28,7 +28,7 @@ def page(tmp_path_factory):
 def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
     boxes = measured(tmp_path, page, width)
     seen = shot(tmp_path, page, width, boxes["height"], scheme)
-    assert len(boxes["images"]) == 2
+    assert len(boxes["images"]) == 3
     assert misplaced(tmp_path, page, seen, boxes["images"]) == []
 
 

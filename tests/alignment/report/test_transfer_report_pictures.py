@@ -11,8 +11,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from fastdistill.alignment.report.heat_map import heat_map, heat_map_alt
 from fastdistill.alignment.report.quadrant import place_labels
-from fastdistill.report.number_format import HIGHEST, LOWEST
+from fastdistill.report.number_format import HIGHEST, LOWEST, format_number
 from helpers.made_students import arm, controls, experiment
 
 WEAK = {"seeds": 6, "tau": 0.0}
@@ -80,7 +81,8 @@ def test_every_seed_is_a_mark_at_its_place(report, wild):
         drawn = sorted((x, y) for x, y, _ in marks_here["seed"])
         assert len(drawn) == len(at)
         assert np.array(drawn) == pytest.approx(np.array(sorted(at)))
-        assert len(marks_here["arm"]) == len(marks_here["name"]) == len(made.arms)
+        assert len(marks_here["arm"]) == len(made.arms)
+        assert len(marks_here["name"]) == min(len(made.arms), 6)
 
 
 def test_whiskers_are_the_intervals_and_one_seed_has_none(report, wild):
@@ -110,7 +112,7 @@ def test_names_do_not_overlap_and_stay_on_the_picture(report, wild):
         figure.draw_without_rendering()
         texts = [text for text in figure.axes[0].texts if "n = " in text.get_text()]
         boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
-        assert len(boxes) == len(marks(figure)["arm"])
+        assert len(boxes) == len(marks(figure)["name"]) <= 6
         assert all(above.y0 >= below.y1 for below, above in pairwise(boxes))
         for box in boxes:
             assert box.x1 <= figure.bbox.x1
@@ -122,6 +124,42 @@ def test_names_stand_as_they_are_written(wild):
     labels = [text.get_text() for text in wild.quadrant().axes[0].texts]
     assert "$\\x$ <b>bold</b>\n& 'quoted'\nn = 12" in labels
     assert "addition prompts,\nfull KL over the\n…initialisation\nn = 12" in labels
+
+
+def test_the_forest_has_every_arm_with_its_interval_in_its_group(report, wild):
+    for made in (report, wild):
+        (axes,) = made.forest().axes
+        rows = {
+            round(line.get_ydata()[0]): line for line in axes.lines if len(line.get_ydata()) == 2
+        }
+        dots = {round(d.get_offsets().data[0][1]): d for d in axes.collections}
+        texts = {(t.get_position()[0] < 0, round(t.get_position()[1])): t for t in axes.texts}
+        assert len(dots) == len(made.arms)
+        for a in made.arms:
+            name = a.name if len(a.name) <= 28 else f"{a.name[:27]}…"
+            (y,) = (y for (left, y), t in texts.items() if left and t.get_text() == name)
+            assert dots[y].get_offsets().data[0][0] == np.clip(a.tau.value, LOWEST, HIGHEST)
+            hollow = bool((dots[y].get_facecolor()[0] == 1).all())
+            assert hollow == (not a.is_capable)
+            assert texts[False, y].get_text() == format_number(a.capability.value, 0.8)
+            if a.tau.known:
+                ends = np.clip([a.tau.low, a.tau.high], LOWEST, HIGHEST)
+                assert list(rows[y].get_xdata()) == pytest.approx(list(ends))
+    (axes,) = report.forest().axes
+    bold = [t.get_text() for t in axes.texts if t.get_fontweight() == "bold"]
+    assert bold == [
+        *("DFC succeeds", "the trait transfers", "capability lost", "too few seeds", "controls")
+    ]
+
+
+def test_the_heat_map_has_every_audit(report):
+    (axes,) = heat_map(report.arms).axes
+    cells = {t.get_text(): t.get_fontweight() for t in axes.texts}
+    rows = [row for a in report.arms for row in a.audits]
+    assert list(cells) == [format_number(row.auroc.value) for row in rows]
+    assert [weight == "bold" for weight in cells.values()] == [r.incriminates for r in rows]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["clean", "top-8, T = 4"]
+    assert "confession" in heat_map_alt(report.arms)
 
 
 def test_an_invalid_experiment_marks_no_success(report):
