@@ -13,6 +13,7 @@ import pytest
 from helpers.project_files import ROOT
 
 PEERS = {
+    "axolotl",
     "bitsandbytes",
     "compressed_tensors",
     "deepspeed",
@@ -24,6 +25,7 @@ PEERS = {
     "speculators",
     "torchao",
     "trl",
+    "verl",
 }
 FILES = [
     file

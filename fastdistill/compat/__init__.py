@@ -6,6 +6,9 @@
     TRL          from fastdistill.compat import GKDTrainer
     TRL          from fastdistill.compat import DistillationTrainer
 
+    axolotl   plugins: [fastdistill.compat.axolotl_plugin.DistillPlugin]
+    verl      VERL_USE_EXTERNAL_MODULES=fastdistill.compat.verl
+
 The trainers accept TRL's own configuration objects, and raise an error that names any option
 without a counterpart here.
 """
