@@ -182,7 +182,7 @@ class Plan:
 
     KEY=VALUE also accepts accumulation (micro-batches per update), dtype of the student (float32,
     as in train), optim (adamw_torch_fused, adamw_8bit, sgd), backward (auto, fused, recompute),
-    cached=true (the teacher is a cache) and device=cpu.
+    support (teacher, student, union), cached=true (the teacher is a cache) and device=cpu.
     """
 
     SHORT_HELP: ClassVar[str] = "Estimate the memory of a training run."
@@ -202,6 +202,7 @@ class Plan:
     dtype: str | None = None
     optim: str = "adamw_torch_fused"
     backward: str = "auto"
+    support: str = "teacher"
     cached: bool = False
     device: str = "cuda"
 

@@ -209,6 +209,11 @@ def linear_logprobs_at(
         impl=impl,
         check=check,
     )
+    return answers_of(ids, selected, temperature)
+
+
+def answers_of(ids: Tensor, selected: SelectedLogits, temperature: float) -> TopK:
+    """Return the log-probabilities of ids from their logits; a repeated id is an empty slot."""
     first = first_slots(ids.long().flatten(0, -2)).view(ids.shape)
     logprobs = (selected.logits - selected.lse.unsqueeze(-1)).clamp(max=0.0)
     logprobs = logprobs.masked_fill(~first, -torch.inf)

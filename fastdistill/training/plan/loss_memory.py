@@ -28,7 +28,9 @@ from ...kernels.token_loss import (
     token_loss_forward,
 )
 from ...losses.arguments import to_teacher_rows
-from ...losses.types import TopK
+from ...losses.linear_head import answers_of
+from ...losses.support import answers_on
+from ...losses.types import SelectedLogits, TopK
 from ...quant.matrix import QuantizedMatrix
 from ...quant.schemes import Int8Weight
 from .meta_memory import LiveMemory
@@ -72,6 +74,14 @@ class LossMemory(NamedTuple):
 
     forward: int
     backward: int
+
+
+class SupportMemory(NamedTuple):
+    """Bytes of a teacher's answers on a support: at the peak, and afterwards; slots per token."""
+
+    peak: int
+    answers: int
+    slots: int
 
 
 @functools.cache
@@ -150,6 +160,32 @@ def topk(shape: HeadShape, N: int, k: int) -> int:
         topk_kernel.topk(shape.backend, head, x, k, (1.0,))
     peak: int = memory.peak
     return peak
+
+
+@functools.cache
+def on_support(
+    shape: HeadShape, teacher_shape: HeadShape, N: int, k: int, support: str
+) -> SupportMemory:
+    """Return the memory of a teacher's answers on a support that needs the student's top k."""
+    (head, x), (teacher, y) = shape.operands(N), teacher_shape.operands(N)
+
+    def best(shape: HeadShape, head: LMHead, x: Tensor) -> TopK:
+        return TopK(*topk_kernel.topk(shape.backend, head, x, k, (1.0,))[0])
+
+    def logprobs_at(ids: Tensor) -> TopK:
+        run = lse_gather.lse_gather
+        stats = run(teacher_shape.backend, teacher, y, ids, moment=False, base=False)
+        lse = lse_of(stats.z_ids, stats.lse_rest, ids >= 0)
+        return answers_of(ids, SelectedLogits(stats.z_ids, stats.lse_rest, None, lse), 1.0)
+
+    with LiveMemory(head.weight, x, teacher.weight, y) as memory, torch.no_grad():
+        answers = answers_on(
+            support,
+            teacher_topk=lambda: best(teacher_shape, teacher, y),
+            student_topk=lambda: best(shape, head, x),
+            logprobs_at=logprobs_at,
+        )
+    return SupportMemory(memory.peak, _bytes(*answers[:3]), answers.ids.shape[-1])
 
 
 class _Answers(NamedTuple):

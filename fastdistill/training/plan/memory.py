@@ -107,7 +107,7 @@ class Planner:
                 ),
             ]
         answers_text = (
-            "hidden states" if settings.k is None else f"top {settings.k} of every target"
+            "hidden states" if settings.keeps_hidden else f"top {settings.k} of every target"
         )
         parts.append(Part("answers", answers, answers_text))
         phases += [
@@ -128,7 +128,7 @@ class Planner:
         """Return the memory of a micro-batch; settings that it ignores do not run it again."""
         accumulation = min(settings.accumulation, 2)
         same = replace(settings, optim="sgd", cached=False)
-        if settings.k is not None:
+        if not settings.keeps_hidden:
             same = replace(same, teacher_quant=None)
         return self._step(replace(same, accumulation=accumulation))
 
@@ -142,7 +142,14 @@ class Planner:
             run = head.recomputed if settings.backward == "recompute" else head.fused
             # Without a teacher, the loss has one empty slot in place of answers.
             topk_size = 1 if self.configs["teacher"] is None else min(settings.k, shape.V)
-            work = run(shape, N, topk_size)
+            if settings.support == "teacher":
+                work = run(shape, N, topk_size)
+            else:
+                of_teacher = head_shape(self.teacher_of(settings), self.device)
+                support = head.on_support(shape, of_teacher, N, topk_size, settings.support)
+                work = _after(
+                    support, run(shape, N, support.slots), N * shape.H * shape.dtype.itemsize
+                )
         return rehearse_step(model, settings, work, self.device)
 
     def teacher_weights(self, settings: Settings) -> QuantizedSize:
@@ -163,7 +170,7 @@ class Planner:
         tokens = self._tokens_in_pass(hidden_bytes, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
         run = self._teacher_pass(teacher, rows, settings.seq)
-        if settings.k is None:
+        if settings.keeps_hidden:
             return run.forward + settings.batch * settings.seq * hidden_bytes
         N = rows * settings.seq
         return max(run.forward, run.hidden + head.topk(shape, N, min(settings.k, shape.V)))
@@ -187,13 +194,20 @@ class Planner:
         N = settings.batch * (settings.seq - 1)
         if self.configs["teacher"] is None:
             return N * (_ID + _LOGPROB)
-        if settings.k is not None:
+        if not settings.keeps_hidden:
             return N * settings.k * (_ID + _LOGPROB)
         shape = head_shape(self.teacher, self.device)
         return N * shape.H * shape.dtype.itemsize
 
 
+def _after(support: head.SupportMemory, work: head.LossMemory, dx: int) -> head.LossMemory:
+    """Return the memory of a loss and of the answers before it; the fused loss counts dX itself."""
+    before = support.peak if work.backward else support.peak - dx
+    return work._replace(forward=max(before, support.answers + work.forward))
+
+
 def _loss_text(settings: Settings) -> str:
     if settings.k is None:
         return "dense"
-    return "recompute" if settings.backward == "recompute" else "fused"
+    way = "recompute" if settings.backward == "recompute" else "fused"
+    return way if settings.support == "teacher" else f"{way}, support {settings.support}"

@@ -52,9 +52,9 @@ def plan_memory(
     checks.integer("tokens", tokens, 1, optional=True)
     checks.positive("throughput", throughput, optional=True)
     checks.choice("device", device, ("cuda", "cpu"))
-    for name in ("teacher_quant", "cached"):
+    for name, default in (("teacher_quant", None), ("cached", False), ("support", "teacher")):
         option = getattr(settings, name)
-        if option and teacher is None:
+        if option != default and teacher is None:
             checks.fail(name, "a teacher with this option", repr(option), "pass one with teacher=")
     if settings.k is None and (teacher is None or settings.cached):
         checks.fail(
@@ -74,7 +74,7 @@ def plan_memory(
     student_shapes = shapes_of(str(student), planner.student(settings.dtype, None))
     teacher_shapes = None if teacher is None else shapes_of(str(teacher), planner.teacher)
     single, per_token = replace(settings, accumulation=1), None
-    if teacher_config is not None and settings.k is not None:
+    if teacher_config is not None and not settings.keeps_hidden:
         blocks = -(-teacher_config.get_text_config().vocab_size // BLOCK)
         per_token = bytes_per_token(settings.k, blocks, 1)  # at one temperature
     return Plan(

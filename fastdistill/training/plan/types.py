@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...losses.support import SUPPORTS
 from ...quant.schemes import SCHEMES
 from ...runtime import checks
 from .optimisers import OPTIMIZERS
@@ -40,6 +41,8 @@ class Settings:
         seq: tokens per row. batch: rows per micro-batch; several rows are assumed to be of unequal
             length. accumulation: micro-batches per update.
         k: number of the teacher's answers per position; None compares the whole vocabulary.
+        support: "teacher", "student" or "union", as in training. With the last two the answers are
+            those of a teacher in memory at the ids that the student chooses.
         dtype: type of the student's weights, gradients and activations: "bfloat16", "float16",
             "float32". None is the trainer's default: "float32", or with lora_rank the stored
             dtype.
@@ -63,6 +66,7 @@ class Settings:
     teacher_quant: str | None = None
     cached: bool = False
     lora_rank: int | None = None
+    support: str = "teacher"
 
     def __post_init__(self) -> None:
         checks.integer("seq", self.seq, 2)
@@ -74,6 +78,15 @@ class Settings:
         checks.choice("optim", self.optim, OPTIMIZERS)
         checks.choice("backward", self.backward, ("auto", "fused", "recompute"))
         checks.choice("teacher_quant", self.teacher_quant, (*SCHEMES, None))
+        checks.choice("support", self.support, SUPPORTS)
+        if self.support != "teacher" and (self.k is None or self.cached):
+            settings = "k=None" if self.k is None else "cached"
+            checks.fail("support", f"'teacher' with {settings}", repr(self.support))
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether the teacher's hidden states at the targets are kept until the loss."""
+        return self.k is None or self.support != "teacher"
 
     def lines(self) -> list[str]:
         """Return lines of key=value for DistillConfig and the command line.
@@ -90,6 +103,8 @@ class Settings:
             f"backward={self.backward}",
             f"dtype={self.dtype}",
         ]
+        if self.support != "teacher":
+            lines.append(f"support={self.support}")
         if self.cached:
             lines.append("teacher=CACHE")
         elif self.teacher_quant is not None:

@@ -69,6 +69,8 @@ def test_no_cards(text):
         ({"device": "tpu"}, "device: expected one of 'cuda', 'cpu'"),
         ({"teacher_quant": "int8"}, "teacher_quant: expected a teacher with this option"),
         ({"cached": True}, "cached: expected a teacher with this option"),
+        ({"support": "student"}, "support: expected a teacher with this option"),
+        ({"support": "union", "cached": True}, "support: expected 'teacher' with cached"),
         ({"throughput": 0}, "throughput: expected a finite number above 0"),
         ({"lora_rank": 0}, "lora_rank: expected an integer of 1"),
     ],

@@ -10,6 +10,7 @@ import fastdistill as fd
 from benchmarks.memory import peak_mb
 from fastdistill.kernels import gpu_launch, gpu_slabs, torch_dense, torch_slabs
 from fastdistill.kernels.head import LMHead, blocks
+from fastdistill.losses.support import answers_of_head
 from fastdistill.training.plan import loss_memory as planned
 from fastdistill.training.plan.loss_memory import HeadShape
 
@@ -19,6 +20,7 @@ RUNS: dict[str, Any] = {
     "recomputed": lambda shape, N: planned.recomputed.__wrapped__(shape, N, K),
     "dense": lambda shape, N: planned.dense.__wrapped__(shape, shape, N),
     "topk": lambda shape, N: planned.topk.__wrapped__(shape, N, K),
+    "union": lambda shape, N: planned.on_support.__wrapped__(shape, shape, N, K, "union").peak,
 }
 
 
@@ -27,7 +29,7 @@ def all_slabs(head: LMHead, rows: int) -> Iterator[slice]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*list(RUNS)[:-1], pytest.param("union", marks=pytest.mark.slow)])
 def test_four_slabs_use_the_memory_of_all(name, device, monkeypatch):
     monkeypatch.setattr(gpu_launch, "jitted", None)  # no kernel is launched or imported
     shapes = [
@@ -46,13 +48,15 @@ def test_four_slabs_use_the_memory_of_all(name, device, monkeypatch):
 def measured(name: str, dtype: torch.dtype, N: int, H: int, V: int) -> float:
     """Bytes that the public function adds at its peak on a CPU, gradients included."""
     x, w = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
-    teacher = fd.linear_topk(x, w, K)
+    teacher, head = fd.linear_topk(x, w, K), LMHead(w)
     labels = torch.zeros(N, dtype=torch.int64)
     x, w = x.requires_grad_(), w.requires_grad_()
 
     def run():
         if name == "topk":
             fd.linear_topk(x, w, K)
+        elif name == "union":
+            answers_of_head("union", K, x, head, x, head, temperature=1.0, impl="auto")
         elif name == "dense":
             fd.linear_distill_loss(x, w, x.detach(), w.detach()).backward()
         else:
@@ -69,7 +73,7 @@ def test_the_rehearsal_is_what_a_cpu_holds(name, dtype):
     N, H, V = 256, 96, 9_000
     dx, dw = N * H * dtype.itemsize, V * H * dtype.itemsize
     memory = RUNS[name](HeadShape(V, H, dtype, "cpu"), N)
-    if name == "topk":
+    if name in ("topk", "union"):
         expected = memory
     else:
         expected = max(dx + max(memory.forward, dw), dx + dw + memory.backward)

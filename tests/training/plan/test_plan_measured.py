@@ -22,6 +22,10 @@ CASES = {
     "qwen3 with a teacher": Run(family="qwen3", teacher=True, options=CHECKPOINTED),
     "qwen3 in bf16 with a teacher": Run(family="qwen3", **BF16, teacher=True),
     "qwen3, whole vocabulary": Run(family="qwen3", teacher=True, options={"k": None}),
+    "llama, student's support": Run(teacher=True, options=PLAIN | {"support": "student"}),
+    "qwen3 in bf16, union, recomputed": Run(
+        family="qwen3", **BF16, teacher=True, options=RECOMPUTED | {"support": "union"}
+    ),
     "gemma2 in bf16": Run(family="gemma2", **BF16, options={"optim": "sgd"}),
     "gpt2": Run(family="gpt2", options=CHECKPOINTED),
     "gpt2 in bf16 with a teacher": Run(family="gpt2", **BF16, teacher=True, options=RECOMPUTED),
