@@ -87,7 +87,9 @@ def topk_loss_of_logits(logits: Tensor, teacher: TopK, divergence: str) -> LossO
     empty = rows.teacher.ids < 0
     # An empty slot reads the logit of another id of its row, so that it excludes no further one.
     ids_NK = torch.where(empty, rows.teacher.ids.amax(-1, keepdim=True), rows.teacher.ids)
-    z_NK, rest_N = _GatherFromLogits.apply(logits.flatten(0, -2), ids_NK)
+    z_NK, rest_N = _GatherFromLogits.apply(  # type: ignore[no-untyped-call]
+        logits.flatten(0, -2), ids_NK
+    )
     gathered = Gathered(z_NK.masked_fill(empty, NEG), rest_N, None)
     out = token_loss_forward(gathered, rows.teacher, None, options)
     assert out.student_mass is not None

@@ -84,9 +84,9 @@ class Settings:
             checks.fail("support", f"'teacher' with {settings}", repr(self.support))
 
     @property
-    def keeps_hidden(self) -> bool:
-        """Whether the teacher's hidden states at the targets are kept until the loss."""
-        return self.k is None or self.support != "teacher"
+    def kept_topk(self) -> int | None:
+        """The teacher's answers kept per target until the loss; None: its hidden states are."""
+        return self.k if self.support == "teacher" else None
 
     def lines(self) -> list[str]:
         """Return lines of key=value for DistillConfig and the command line.
