@@ -34,8 +34,8 @@ def sequences_of(inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str
 
     def padded(values: Tensor, filler: int) -> Tensor:
         parts = values.flatten().split(lengths)
-        kept = [part for part, keep in zip(parts, used.tolist(), strict=True) if keep]
-        return pad_sequence(kept, batch_first=True, padding_value=filler)
+        rows = [part for part, is_used in zip(parts, used.tolist(), strict=True) if is_used]
+        return pad_sequence(rows, batch_first=True, padding_value=filler)
 
     mask = inputs.get("attention_mask")
     attended = torch.ones_like(ids) if mask is None else (mask != 0).long()

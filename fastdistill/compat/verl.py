@@ -20,7 +20,7 @@ from torch import Tensor
 from ..losses.types import TopK
 from ..runtime.checks import fail
 from ..runtime.optional import require
-from .given_logits import topk_loss_of_logits
+from .logits_loss import topk_loss_of_logits
 
 _verl: Any = require("verl.trainer.distillation.losses", "fastdistill.compat.verl")
 _ulysses: Any = require("verl.utils.ulysses", "fastdistill.compat.verl")

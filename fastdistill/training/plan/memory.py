@@ -107,7 +107,7 @@ class Planner:
                 ),
             ]
         answers_text = (
-            "hidden states" if settings.kept_topk is None else f"top {settings.k} of every target"
+            "hidden states" if settings.stored_topk is None else f"top {settings.k} of every target"
         )
         parts.append(Part("answers", answers, answers_text))
         phases += [
@@ -128,7 +128,7 @@ class Planner:
         """Return the memory of a micro-batch; settings that it ignores do not run it again."""
         accumulation = min(settings.accumulation, 2)
         same = replace(settings, optim="sgd", cached=False)
-        if settings.kept_topk is not None:
+        if settings.stored_topk is not None:
             same = replace(same, teacher_quant=None)
         return self._step(replace(same, accumulation=accumulation))
 
@@ -170,10 +170,11 @@ class Planner:
         tokens = self._tokens_in_pass(hidden_bytes, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
         run = self._teacher_pass(teacher, rows, settings.seq)
-        if settings.kept_topk is None:
+        if settings.stored_topk is None:
             return run.forward + settings.batch * settings.seq * hidden_bytes
         N = rows * settings.seq
-        return max(run.forward, run.hidden + head.topk(shape, N, min(settings.kept_topk, shape.V)))
+        k = min(settings.stored_topk, shape.V)
+        return max(run.forward, run.hidden + head.topk(shape, N, k))
 
     def _tokens_in_pass(self, hidden_bytes: int, held: int) -> int:
         """Return BatchedForward's budget of tokens; on a GPU, from a share of the free memory."""
@@ -194,8 +195,8 @@ class Planner:
         N = settings.batch * (settings.seq - 1)
         if self.configs["teacher"] is None:
             return N * (_ID + _LOGPROB)
-        if settings.kept_topk is not None:
-            return N * settings.kept_topk * (_ID + _LOGPROB)
+        if settings.stored_topk is not None:
+            return N * settings.stored_topk * (_ID + _LOGPROB)
         shape = head_shape(self.teacher, self.device)
         return N * shape.H * shape.dtype.itemsize
 

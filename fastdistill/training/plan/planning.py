@@ -74,9 +74,9 @@ def plan_memory(
     student_shapes = shapes_of(str(student), planner.student(settings.dtype, None))
     teacher_shapes = None if teacher is None else shapes_of(str(teacher), planner.teacher)
     single, per_token = replace(settings, accumulation=1), None
-    if teacher_config is not None and settings.kept_topk is not None:
+    if teacher_config is not None and settings.stored_topk is not None:
         blocks = -(-teacher_config.get_text_config().vocab_size // BLOCK)
-        per_token = bytes_per_token(settings.kept_topk, blocks, 1)  # at one temperature
+        per_token = bytes_per_token(settings.stored_topk, blocks, 1)  # at one temperature
     return Plan(
         student=student_shapes,
         teacher=teacher_shapes,

@@ -63,7 +63,7 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
         )
     if start.optim.startswith("adamw") and not start.optim.endswith("8bit"):
         yield Measure("8-bit optimizer", {"optim": "adamw_8bit"})
-    if teacher_in_memory and start.kept_topk is not None:
+    if teacher_in_memory and start.stored_topk is not None:
         yield Measure("teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
         stored = stored_dtype(planner.configs.get("student"))

@@ -84,8 +84,8 @@ class Settings:
             checks.fail("support", f"'teacher' with {settings}", repr(self.support))
 
     @property
-    def kept_topk(self) -> int | None:
-        """The teacher's answers kept per target until the loss; None: its hidden states are."""
+    def stored_topk(self) -> int | None:
+        """The teacher's answers that each target holds until the loss; None: hidden states."""
         return self.k if self.support == "teacher" else None
 
     def lines(self) -> list[str]:

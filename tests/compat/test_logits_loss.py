@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdistill import TopK, topk_distill
-from fastdistill.compat import given_logits
-from fastdistill.compat.given_logits import topk_loss_of_logits
+from fastdistill.compat import logits_loss
+from fastdistill.compat.logits_loss import topk_loss_of_logits
 from helpers.cases import case, leaves, top_k
 from helpers.tolerances import GRADIENT, VALUE, assert_close
 
@@ -29,7 +29,7 @@ def dense(logits, teacher, divergence):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("N, K, V, chunk", SHAPES)
 def test_values_and_gradients(divergence, N, K, V, chunk, monkeypatch):
-    monkeypatch.setattr(given_logits, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(logits_loss, "CHUNK_ELEMENTS", chunk * V)
     g = torch.Generator().manual_seed(0)
     teacher = top_k(torch.randn(1, N, V, generator=g, dtype=torch.float64) * 3, K, tail=False)
     logits = torch.randn(1, N, V, generator=g, dtype=torch.float64) * 3
