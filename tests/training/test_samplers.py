@@ -130,8 +130,8 @@ def test_token_ids_of_vllm():
         (tokens,) = sampler(REQUEST)
         assert len(tokens) == 40
         assert tokens[:4] == [60, 344, 370, 284]
-        # finish_reason "length", as with a max_new_tokens of generation_config.json
-        with pytest.raises(WrongAnswer, match=r"expected 64 tokens .* --generation-config vllm"):
+        # finish_reason "length", as with max_new_tokens in --override-generation-config
+        with pytest.raises(WrongAnswer, match=r"expected 64 tokens .* --override-generation-conf"):
             sampler(REQUEST._replace(max_new_tokens=64))
 
 

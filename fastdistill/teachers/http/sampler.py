@@ -92,9 +92,8 @@ class OpenAISampler:
         if reason in _AT_A_LIMIT and len(tokens) < request.max_new_tokens:
             raise WrongAnswer(
                 f"{self.url}: expected {request.max_new_tokens} tokens or an end token, got "
-                f"{len(tokens)}, where the server stopped at a limit of its own. Start vLLM with "
-                "--generation-config vllm, which ignores max_new_tokens of generation_config.json, "
-                "or the server with a longer context"
+                f"{len(tokens)}, where the server stopped at a limit of its own. Start it with a "
+                "longer context, and vLLM without max_new_tokens in --override-generation-config"
             )
         return tokens
 

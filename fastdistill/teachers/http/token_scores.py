@@ -28,7 +28,7 @@ _FLOOR = 2.0**-24  # of the tail's probability
 def scores_request(row: list[int], ids: Tensor) -> dict[str, Any]:  # [T, K]
     """Return the request for the log-probabilities of ids after each token of a row."""
     sampling = {
-        "temperature": 1.0,
+        "temperature": 0.0,  # of the new token, which nobody reads
         "max_tokens": 1,
         "detokenize": False,
         "prompt_logprob_token_ids": ids.tolist(),
