@@ -113,6 +113,8 @@ def scoring(data: Data) -> dict[str, Tensor]:
         "teacher_mass": log_p.exp().sum(-1),
         "student_mass": mass,
         "hellinger": (1 - overlap).clamp(min=0).sqrt(),
+        "acceptance_rate": torch.minimum(log_p, known).exp().sum(-1)
+        + torch.minimum(log_p_tail, tail).exp(),
     }
 
 
