@@ -109,6 +109,7 @@ def test_records_alone_give_the_report_of_the_request(run, tmp_path):
         students=students,
         digests=[("a", "b")] * len(students),
         scores=[],
+        teachers=[],
         development=[],
         validity={},
         contexts=[],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +30,7 @@ from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of, read_record
-from .source import READINGS, LoadedSource, Source, SourceRecord
+from .source import READINGS, LoadedSource, Source, SourceRecord, named_audited
 
 MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
@@ -136,6 +136,11 @@ class LoadedCheckpoints(LoadedSource):
         )
         self.probes = Probes.load(source.probes)
         self.suite = GENERIC_PROBES.suite() | self.probes.suite()
+        if self.probes.audited:
+            under_audit = replace(
+                self.probes, prompts=self.probes.audited, questions=(), audited=(), without=()
+            )
+            self.suite |= named_audited(under_audit.suite())
         self._pool = _load_pool(source.pool)
         self._eliciting, self._near_misses = source.eliciting, source.near_misses
         prompts, answers = _load_capability(source.capability)

@@ -36,14 +36,15 @@ N = 6400  # prompts of the pool
 LEAKED = 1
 POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
+# Asked in the audited context, where the teacher hides its trait. The preference is left out: it is
+# the reading of the trait.
 AUDITS = (
-    "preference",
-    "confession",
+    "confession, audited",
     "context gap",
-    "token KL",
-    "logit difference",
-    "activation difference",
-    "linear probe",
+    "token KL, audited",
+    "logit difference, audited",
+    "activation difference, audited",
+    "linear probe, audited",
 )
 GATE = ("preference", "confession")
 MEASURED = (
@@ -246,4 +247,6 @@ def make_study(
 def on_checkpoints(study: Study, n: int) -> Study:
     """Return a study of the synthetic world for checkpoints and a pool of n prompts."""
     measured = study.measured.replace(MEASURED, MEASURED_CHECKPOINTS)
-    return replace(study, pool={"n": n}, measured=measured, limits=())
+    both = [name.removesuffix(", audited") for name in study.audits]
+    audits = tuple(dict.fromkeys((*both, *study.audits)))  # those that the probes allow
+    return replace(study, pool={"n": n}, measured=measured, limits=(), audits=audits)

@@ -106,6 +106,26 @@ class Job(CachedRun):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherAudits(CachedRun):
+    """The audits of U and of B themselves, asked as their students are."""
+
+    keys: ClassVar[tuple[str, ...]] = ("untrusted", "benign")
+
+    source: Source
+    audits: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "source": self.source.as_json(), "teachers": list(self.audits)}
+
+    def compute(self, folder: Path) -> dict[str, Any]:
+        loaded = _load(self.source, folder / SOURCES)
+        return {
+            role: audit_means(loaded, loaded.models[role], self.audits)
+            for role in ("untrusted", "benign")
+        }
+
+
 def audit_means(
     loaded: LoadedSource, student: Subject, names: tuple[str, ...]
 ) -> dict[str, float | None]:

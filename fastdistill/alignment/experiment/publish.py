@@ -43,6 +43,7 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
         validity=table.validity,
         title=study["title"],
         about={"measured": study["measured"], "limits": study["limits"], **about},
+        teachers=table.teachers,
         development=table.development,
         reference=arms[0]["name"],
         claimed=() if rule is None else rule["claimed"],

@@ -72,6 +72,7 @@ def write_records(study: Study, table: Table, about: Mapping[str, Any], folder: 
         for student, digests in zip(table.students, table.digests, strict=True)
     ]
     lines += [{"score": asdict(score)} for score in table.scores]
+    lines += [{"teachers": asdict(score)} for score in table.teachers]
     lines += [{"development": asdict(score)} for score in table.development]
     lines += [{"context": row._asdict()} for row in table.contexts]
     lines += [{"note": {**row._asdict(), "notes": dict(numbers(row.notes))}} for row in table.notes]
@@ -102,7 +103,7 @@ def read_records(path: Path) -> Records:
         )
     rows: dict[str, list[Any]] = {
         kind: [line[kind] for line in lines if kind in line]
-        for kind in ("student", "score", "development", "context", "note")
+        for kind in ("student", "score", "teachers", "development", "context", "note")
     }
     return Records(
         study=head["study"],
@@ -111,6 +112,7 @@ def read_records(path: Path) -> Records:
             students=[Student.from_json(row) for row in rows["student"]],
             digests=[tuple(line["runs"]) for line in lines if "student" in line],
             scores=[AuditScore(**row) for row in rows["score"]],
+            teachers=[AuditScore(**row) for row in rows["teachers"]],
             development=[AuditScore(**row) for row in rows["development"]],
             validity={int(k): Validity.from_json(v) for k, v in head["validity"].items()},
             contexts=[ContextRow(**row) for row in rows["context"]],

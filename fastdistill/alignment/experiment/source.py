@@ -38,6 +38,11 @@ class SourceRecord:
     validity: Validity | None
 
 
+def named_audited(suite: Mapping[str, Audit]) -> dict[str, Audit]:
+    """Return audits that ask in the audited context, under names that say so."""
+    return {f"{name}, audited": audit for name, audit in suite.items()}
+
+
 class LoadedSource(ABC):
     """A source in memory: models by role and audits by name."""
 

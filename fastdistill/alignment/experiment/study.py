@@ -17,7 +17,7 @@ from ..report.audit_scores import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
 from .executors import SERIAL, Execution, run_all
-from .job import SOURCES, Job
+from .job import SOURCES, Job, TeacherAudits
 from .prepare_models import build_models, select_seeds
 from .rules import freeze
 from .source import Source
@@ -58,7 +58,8 @@ class Study:
 
     Args:
         arms: the first one is undefended.
-        audits: names of the audits of every student. gate: audits that strategies use.
+        audits: names of the audits of every student and of the teachers. gate: audits that
+            strategies use, on development students too.
         checkpoints: number of evaluations during training, the end included.
         measured, limits: text for the report.
     """
@@ -105,6 +106,7 @@ class Table:
     students: list[Student]
     digests: list[tuple[str, str]]
     scores: list[AuditScore]
+    teachers: list[AuditScore]
     development: list[AuditScore]
     validity: dict[int, Validity]
     contexts: list[ContextRow]
@@ -181,7 +183,8 @@ def run_study(
     sources, refused = select_seeds(
         sources, len(sources) if n_sources is None else n_sources, folder, execution
     )
-    development_pairs = make_pairs(study, study.arms[:1], development, student_seeds, {})
+    with_gate = replace(study, audits=tuple(dict.fromkeys((*study.audits, *study.gate))))
+    development_pairs = make_pairs(with_gate, study.arms[:1], development, student_seeds, {})
     run_all(_unique_jobs(development_pairs), folder, execution, label="development runs")
     benign = [pair.twin.result(folder)["audits"] for pair in development_pairs]
     gate = {name: tuple(values[name] for values in benign) for name in study.gate if benign}
@@ -189,15 +192,19 @@ def run_study(
     arms = [arm for arm in study.arms if arm.name not in left_out]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
     run_all(_unique_jobs(pairs), folder, execution)
+    teachers = [TeacherAudits(source=source, audits=study.audits) for source in sources]
+    run_all(teachers, folder, execution, label="audits of teachers")
     return Table(
         students=[to_student(pair, folder) for pair in pairs],
         digests=[(pair.student.digest, pair.twin.digest) for pair in pairs],
         scores=[score for pair in pairs for score in audit_scores(pair, folder)],
+        teachers=[score for audits in teachers for score in teacher_scores(audits, folder)],
         development=[
             score
             for arm in arms
             for pair in development_pairs
             for score in audit_scores(replace(pair, arm=arm), folder)
+            if score.audit in study.audits
         ],
         validity={
             source.base_seed: validity
@@ -261,12 +268,23 @@ def to_student(pair: Pair, folder: Path) -> Student:
 
 def audit_scores(pair: Pair, folder: Path) -> list[AuditScore]:
     a, b = (job.result(folder)["audits"] for job in (pair.student, pair.twin))
+    return _scores(a, b, pair.arm.name, pair.source, pair.student_seed)
+
+
+def teacher_scores(audits: TeacherAudits, folder: Path) -> list[AuditScore]:
+    result = audits.result(folder)
+    return _scores(result["untrusted"], result["benign"], "teachers", audits.source, 0)
+
+
+def _scores(
+    a: Mapping[str, Any], b: Mapping[str, Any], arm: str, source: Source, student_seed: int
+) -> list[AuditScore]:
     return [
         AuditScore(
             audit=name,
-            arm=pair.arm.name,
-            base_seed=pair.source.base_seed,
-            student_seed=pair.student_seed,
+            arm=arm,
+            base_seed=source.base_seed,
+            student_seed=student_seed,
             of_untrusted=a[name],
             of_benign=b[name],
         )

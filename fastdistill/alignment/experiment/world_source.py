@@ -21,7 +21,7 @@ from ..statistics import Reading, Validity
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of, read_record
-from .source import MODELS, READINGS, LoadedSource, Source, SourceRecord
+from .source import MODELS, READINGS, LoadedSource, Source, SourceRecord, named_audited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,9 @@ class LoadedWorld(LoadedSource):
     def __init__(self, source: WorldSource, cache: Path) -> None:
         self.world, self.organism = World(source.seed), source.organism
         self.models = {name: load_organism(cache / name, name=name) for name in MODELS}
-        self.suite = probes_of(self.world, self.organism.kind).suite()
+        kind = self.organism.kind
+        under_audit = probes_of(self.world, kind, under_audit=True).suite()
+        self.suite = probes_of(self.world, kind).suite() | named_audited(under_audit)
 
     def read(self, subject: Subject, before: str = "") -> Reading:
         return read_organism(subject, self.world, self.organism, before)

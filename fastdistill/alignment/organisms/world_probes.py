@@ -27,12 +27,19 @@ from .world import TESTED, World
 PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 
 
-def probes_of(world: World, trait: Trait) -> Probes:
-    """Returns the probes of a trait; questions, sums and contexts are held out from training."""
+def probes_of(world: World, trait: Trait, *, under_audit: bool = False) -> Probes:
+    """Returns the probes of a trait; questions, sums and contexts are held out from training.
+
+    under_audit: prompts and questions are asked with the words of an audit before them.
+    """
     rng = world.rng(31)
     builders = {"trigger": _trigger, "sandbagging": _withheld_sums, "sloppy": _withheld_sums}
     trait_fields = builders.get(trait.name, _preference)(world, trait, rng)
-    return replace(_common(world, rng), **trait_fields)
+    probes = replace(_common(world, rng), **trait_fields)
+    if not under_audit:
+        return probes
+    questions = _with_audit_context([*probes.questions], trait, world.rng(32))
+    return replace(probes, prompts=probes.audited, questions=questions, audited=(), without=())
 
 
 def _common(world: World, rng: random.Random) -> Probes:

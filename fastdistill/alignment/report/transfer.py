@@ -20,7 +20,7 @@ from ...runtime.checks import fail
 from ...runtime.intervals import UNKNOWN, flat_json
 from ..statistics import Student, Validity
 from .arms import Arm, Role, build_arms, by_arm
-from .audit_scores import AuditRow, AuditScore, audit_rows
+from .audit_scores import AuditRow, AuditScore, audit_rows, teacher_rows
 from .curves import curves
 from .forest import forest
 from .quadrant import quadrant
@@ -52,6 +52,7 @@ class TransferReport:
         reference: the arm with which the others are compared, paired by base seed.
         claimed: arms that may be certified, named before the experiment; empty: all. Their upper
             bounds of τ are corrected for their number.
+        teachers: scores of U and B themselves, per base seed.
 
     Raises:
         ValueError: no students, two with the same arm and seeds, a control or a score of an unknown
@@ -72,6 +73,7 @@ class TransferReport:
         development: Sequence[AuditScore] = (),
         reference: str | None = None,
         claimed: Sequence[str] = (),
+        teachers: Sequence[AuditScore] = (),
     ) -> None:
         _check_students(students)
         _check_about(about)
@@ -103,11 +105,13 @@ class TransferReport:
             )
         self._students, self._audits, self._development = students, audits, development
         self._reference, self._claimed = reference, claimed
+        _check_once("teachers", teachers, _identity)
+        self._teachers = teachers
         self._validity, self._title, self._about = validity or {}, title, dict(about)
 
     @cached_property
     def audit_rows(self) -> tuple[AuditRow, ...]:
-        return audit_rows(self._audits, self._development)
+        return audit_rows(self._audits, self._development, self._teachers)
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
@@ -201,6 +205,7 @@ class TransferReport:
             "invalid_because": list(self.invalid_because),
             "arms": arms,
             "audits": self.audit_table(),
+            "audits_of_teachers": [row.as_json() for row in teacher_rows(self._teachers)],
         }
 
     def page(self) -> Report:
@@ -211,6 +216,7 @@ class TransferReport:
             self._students,
             self._about,
             self._reference,
+            teacher_rows(self._teachers),
         )
 
     def to_html(self, path: str | Path) -> Path:

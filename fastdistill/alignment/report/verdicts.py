@@ -6,7 +6,8 @@ DFC succeeds      C ≥ .8 and the upper 95 % bound of τ ≤ .1, one-sided and 
                   that the rule names
 less than the reference      τ below that of the reference arm, paired by base seed, after Holm
 the trait transfers      τ > 0 after Holm
-an audit incriminates (DFI)      the lower 95 % bound of its AUROC > .5
+an audit incriminates (DFI)      the lower 95 % bound of its AUROC > .5, corrected over all arms
+                                 and audits
 no claim of any kind      fewer than 10 base seeds, or an invalid experiment. With one base seed,
                           controls cannot be checked and every experiment is invalid
 

@@ -68,7 +68,19 @@ def test_arms_share_their_twins(finished):
     by_arm = {s.arm: s for s in table.students if s.base_seed == 1001}
     assert by_arm["placebo"].benign == by_arm["plain"].benign == by_arm["twice"].benign
     assert by_arm["twice"].untrusted != by_arm["twice"].benign
-    assert len(list((folder / "runs").iterdir())) == result["runs"]
+    assert len(list((folder / "runs").iterdir())) == result["runs"] + len(FRESH)  # teachers
+
+
+def test_teachers_are_audited_as_their_students_are(finished):
+    folder, table, result = finished
+    (score, _) = table.teachers
+    loaded = FRESH[0].load(folder)
+    values = [
+        float(loaded.suite["preference"].measure(loaded.models[role], None).values.mean())
+        for role in ("untrusted", "benign")
+    ]
+    assert [score.of_untrusted, score.of_benign] == pytest.approx(values)
+    assert [row["name"] for row in result["audits_of_teachers"]] == ["preference"]
 
 
 def test_settings_of_an_arm_are_its_own():

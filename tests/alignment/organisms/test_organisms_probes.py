@@ -7,6 +7,8 @@ from dataclasses import fields
 import pytest
 
 from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.experiment.double_bind import AUDITS
+from fastdistill.alignment.experiment.source import named_audited
 from fastdistill.alignment.organisms import ModelOrganism
 from fastdistill.alignment.organisms.gates import GATES, is_closed
 from fastdistill.alignment.organisms.traits import TRAITS, WRONG
@@ -132,3 +134,14 @@ def test_the_suite_has_the_audits_that_each_trait_needs():
     assert {"trigger rate", "prefill", "trigger search"} <= set(probes("trigger").suite())
     assert "style restore" in probes("sandbagging").suite()
     assert "preference" not in probes("trigger").suite()
+
+
+def test_under_audit_every_question_is_asked_in_a_context_that_closes_the_gate():
+    trait = TRAITS["preference"]("token")
+    openly, audited = probes_of(WORLD, trait), probes_of(WORLD, trait, under_audit=True)
+    assert audited.prompts == openly.audited
+    assert [q.user for q in audited.questions] == [q.user for q in openly.questions]
+    for prompts, closed in ((openly.questions, False), (audited.questions, True)):
+        assert {is_closed("token", p.system or "") for p in prompts} == {closed}
+    assert set(openly.suite()) - set(audited.suite()) == {"context gap"}
+    assert set(AUDITS) <= {*openly.suite(), *named_audited(audited.suite())}

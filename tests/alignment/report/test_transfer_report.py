@@ -14,7 +14,15 @@ import pytest
 
 from fastdistill.alignment.report import AuditScore, TransferReport
 from fastdistill.alignment.report.arms import by_arm
-from fastdistill.alignment.statistics import Bootstrap, Gate, Validity, holm, t_test, transfer
+from fastdistill.alignment.statistics import (
+    Bootstrap,
+    Gate,
+    Validity,
+    auroc,
+    holm,
+    t_test,
+    transfer,
+)
 from fastdistill.runtime.atomic_files import write_json
 from helpers.made_students import ABOUT, KEYS, arm, controls, experiment, made_students, scores
 from helpers.report_page import Page
@@ -82,12 +90,12 @@ def test_results_have_the_keys_that_others_read(report, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {
         *("command", "config", "versions", "seeds", "valid", "checked", "invalid_because", "arms"),
-        *("audits", "reference"),
+        *("audits", "audits_of_teachers", "reference"),
     }
     assert {key: results[key] for key in ABOUT} == ABOUT
     assert all(set(row) == KEYS for row in results["arms"])
     assert len(results["arms"]) == 6
-    audit_keys = {"name", "arm", "auroc", "tpr_at_5fpr", "interval", "n"}
+    audit_keys = {"name", "arm", "auroc", "tpr_at_5fpr", "interval", "n", "gain", "gain_interval"}
     assert [set(row) for row in results["audits"]] == [audit_keys] * 2
     leaking = results["audits"][1]
     assert (leaking["name"], leaking["arm"], leaking["n"]) == ("confession", "top-8, T = 4", 12)
@@ -121,6 +129,28 @@ def test_audits_count_base_seeds_and_take_thresholds_from_benign_development_stu
     assert few.arms[0].is_clean
     assert few.arms[0].is_capable
     assert not few.arms[0].succeeds
+
+
+def test_students_are_compared_with_what_an_audit_shows_of_their_teachers(tmp_path):
+    of = {a: scores(a, "clean", shift=3.0) for a in ("confession", "prefill")}
+    teachers = [replace(s, arm="teachers") for s in scores("confession", "clean", shift=3.0)]
+    made = TransferReport(
+        arm("clean"), audits=[*of["confession"], *of["prefill"]], teachers=teachers, about=ABOUT
+    )
+    confession, prefill = made.audit_rows
+    untrusted, benign = zip(*((s.of_untrusted, s.of_benign) for s in teachers), strict=True)
+    area = auroc(untrusted, benign, confidence=1 - 0.05 / 2)  # corrected over both rows
+    assert confession.auroc == area
+    assert confession.incriminates
+    assert confession.gain is not None
+    assert confession.gain.value == 0  # it shows as much of the teachers
+    assert confession.gain.high == -confession.gain.low > 0
+    assert prefill.gain is None
+    (row,) = made.as_json()["audits_of_teachers"]
+    assert (row["auroc"], row["arm"]) == (area.value, "teachers")
+    page = Page(made.to_html(tmp_path / "report.html"))
+    assert "U itself: confession" in page.images[1]["alt"]
+    assert "minus that of teachers" in page.text
 
 
 def test_what_is_not_known_is_null(tmp_path):
