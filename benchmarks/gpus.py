@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,16 +45,37 @@ GPUS = {gpu.name: gpu for gpu in (H200,)}
 
 @dataclass(frozen=True)
 class Host:
-    """Seconds of Python and C++ on the host for one call of each kind."""
+    """Seconds of Python and C++ on the host for one call of each kind.
 
-    # A launch of reduce_rows through Triton's C launcher over a stub driver took 21 to 48 µs on one
-    # core at different loads; the larger is used, with 2 µs for the guard of the device. Products
-    # and operators: usual figures of PyTorch on a GPU. `python -m benchmarks.host_costs` measures
-    # what needs no driver.
-    launch: float = 50e-6
+    launches    what a kernel's launch takes in Triton's Python and C, on one core of an idle AMD
+                EPYC: `python tests/helpers/host_path.py --time`, over a stub driver
+    launch      the same for other kernels: that of reduce_rows, which has 28 arguments
+    driver      more for any launch: the driver's own work (2 to 4 µs), which the stub leaves out,
+                and torch.cuda.device_of (1 to 2 µs); an estimate
+    gemm        of a product, and of an operator: usual figures of PyTorch on a GPU; `python -m
+                benchmarks.host_costs` measures what needs no driver
+    """
+
+    launches: Mapping[str, float] = field(default_factory=lambda: LAUNCHES)
+    launch: float = 21e-6
+    driver: float = 5e-6
     gemm: float = 10e-6
     operator: float = 5e-6
     view: float = 1.5e-6
 
 
+LAUNCHES = {
+    "triton_reduce:reduce_rows": 20.9e-6,
+    "triton_topk:reduce_groups": 13.4e-6,
+    "triton_token_loss:token_loss": 28.2e-6,
+    "triton_token_loss:merge_slots": 12.4e-6,
+    "triton_grad:grad_rows": 18.4e-6,
+    "triton_grad:scale_in_place": 10.2e-6,
+    "triton_dense:sum_divergence": 16.6e-6,
+    "triton_dense:grad_divergence": 21.4e-6,
+    "triton_gather:gather_rows": 13.5e-6,
+    "triton_gather:scatter_hidden": 13.8e-6,
+    "triton_gather:sum_parts": 11.8e-6,
+    "triton_gather:sum_runs": 14.9e-6,
+}
 HOST = Host()

@@ -188,7 +188,7 @@ def kernels_of(operator: Operator) -> int:
 
 def host_seconds(host: Host, event: Event) -> float:
     if isinstance(event, Launch):
-        return host.launch
+        return host.driver + host.launches.get(event.kernel, host.launch)
     if isinstance(event, Gemm):
         return host.gemm
     return host.view if event.is_free else host.operator * kernels_of(event)

@@ -65,7 +65,7 @@ def test_a_large_product_runs_near_the_peak(m, n, k, share):
 
 def test_a_kernel_starts_when_the_host_has_launched_it():
     """Ten launches of 100 µs on the host and 3 on the GPU, then a product that hides the host."""
-    host = Host(launch=100e-6, gemm=10e-6)
+    host = Host(launches={"triton_grad:grad_rows": 90e-6}, driver=10e-6, gemm=10e-6)
     small = Sizes((10,), torch.float32, 40)
     launches = Calls([Launch("triton_grad:grad_rows", (1,), {"p_raw": small})] * 10)
     slow = price(H200, host, launches)

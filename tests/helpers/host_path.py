@@ -3,12 +3,14 @@
     python tests/helpers/host_path.py                       all checks of kernels, JSON on stdout
     python tests/helpers/host_path.py filtered quantized    only these checks or groups
     python tests/helpers/host_path.py --quick               losses in bfloat16 only
+    python tests/helpers/host_path.py --time                µs of one launch of each loss kernel
 
 helpers/stub_cuda.c is in the place of the CUDA driver: kernels are compiled for sm_90, launched by
 Triton's own launcher, and do not run. It refuses what a driver refuses. Tensors are on the CPU,
 products of matrices do nothing, and no result is compared. The JSON has, for each group of checks,
 the compiled variants of each kernel, the launches, and the seconds of CPU time with compilers;
-benchmarks/gpu_steps.py derives its time limits from these.
+benchmarks/gpu_steps.py derives its time limits from these. A time is the minimum of many rounds:
+Triton's Python and C for one launch, without the driver's own work. benchmarks/gpus.py has them.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import timeit
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -197,13 +202,51 @@ def groups(quick: bool) -> dict[str, list[Any]]:
     return {"losses": list(losses.CHECKS), "quantized": replaced}
 
 
-def main(names: set[str], *, quick: bool = False) -> dict[str, Any]:
-    """Run checks and groups by name, all of them by default, and return their counts."""
+@contextmanager
+def over_the_stub() -> Iterator[ctypes.CDLL]:
+    """Context in which kernels are compiled and launched over the stub, which it yields."""
     with tempfile.TemporaryDirectory() as folder:
         knobs.cache.dir = folder
         stub = load_stub(Path(folder))
         use_stub_driver()
         as_on_a_gpu()
+        yield stub
+
+
+def launch_microseconds(rounds: int = 40, calls: int = 200) -> dict[str, float]:
+    """The smallest mean time of a launch of each kernel of the losses, in µs."""
+    with over_the_stub():
+        from fastdistill.kernels import gpu_launch
+
+        launch, first = gpu_launch.launch, dict[str, Any]()
+
+        def record(kernel: str, grid: Any, like: torch.Tensor, **arguments: Any) -> None:
+            first.setdefault(kernel, (grid, like, arguments))
+            launch(kernel, grid, like, **arguments)
+
+        for module in [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.")]:
+            if getattr(module, "launch", None) is launch:
+                vars(module)["launch"] = record
+        x, w = (torch.randn(n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (2048, 4096))
+        log_p = torch.log_softmax(torch.randn(2048, 65), -1)
+        ids = torch.rand(2048, 4096).topk(64).indices
+        teacher = fastdistill.TopK(ids, log_p[:, :64].contiguous(), log_p[:, 64].contiguous())
+        for options in ({"backward": "fused"}, {"backward": "recompute"}, {"tail": "renorm_both"}):
+            loss = fastdistill.topk_distill_loss(x, w, teacher, check=False, **options)
+            getattr(loss, "loss", loss).backward()
+        fastdistill.linear_topk(x.detach(), w.detach(), 64)
+        loss = fastdistill.linear_distill_loss(x, w, x.detach(), w.detach())
+        getattr(loss, "loss", loss).backward()
+        best = {}
+        for kernel, (grid, like, arguments) in sorted(first.items()):
+            call = partial(launch, kernel, grid, like, **arguments)
+            best[kernel] = min(timeit.repeat(call, number=calls, repeat=rounds)) / calls * 1e6
+        return best
+
+
+def main(names: set[str], *, quick: bool = False) -> dict[str, Any]:
+    """Run checks and groups by name, all of them by default, and return their counts."""
+    with over_the_stub() as stub:
         counts = {}
         for group, checks in groups(quick).items():
             chosen = [c for c in checks if not names or {group, c.__name__} & names]
@@ -236,4 +279,8 @@ if __name__ == "__main__":
     if reason is not None:
         sys.exit(f"host_path: {reason}")
     words = {*sys.argv[1:]}
+    if "--time" in words:
+        for kernel, microseconds in launch_microseconds().items():
+            print(f"{kernel:34} {microseconds:6.1f} µs")
+        sys.exit()
     print(json.dumps(main(words - {"--quick"}, quick="--quick" in words), indent=1))
