@@ -120,6 +120,7 @@ def _nothing(gpu: GPU, launch: Launch, rate: float) -> float:
 PRICES: dict[str, Price] = {
     "triton_reduce:reduce_rows": _reduced,
     "triton_topk:reduce_groups": _grouped,
+    "triton_topk:finish_topk": _streamed,
     "triton_token_loss:token_loss": _streamed,
     "triton_token_loss:merge_slots": _compared,
     "triton_grad:grad_rows": _streamed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from . import torch_dense, torch_gather, torch_grads, torch_slabs, torch_token_loss
+from . import token_loss, torch_dense, torch_gather, torch_grads, torch_slabs, torch_token_loss
 from .engines import Backend
 
 CPU_BLOCK_TOKENS = 1024
@@ -19,6 +19,7 @@ def get_backend(impl: str) -> Backend:
         return Backend(
             gpu_slabs.scan,
             gpu_slabs.new_logits_buffer,
+            gpu_token_loss.merge_answers,
             gpu_token_loss.token_loss,
             gpu_slabs.chunk_grads,
             gpu_slabs.recompute,
@@ -34,6 +35,7 @@ def get_backend(impl: str) -> Backend:
     return Backend(
         torch_slabs.scan,
         torch_slabs.new_logits_buffer,
+        token_loss.merge_answers,
         torch_token_loss.token_loss,
         torch_grads.chunk_grads,
         torch_grads.recompute,

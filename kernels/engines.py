@@ -9,7 +9,7 @@ Every function takes the tensors of one block or chunk of tokens, and the LM hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,12 +24,13 @@ class Backend(NamedTuple):
 
     scan               one pass over the head for a block of tokens; can store its logits
     new_logits_buffer  memory for the logits of one chunk
+    merge_answers      (distinct ids, log p, Σ p) of a teacher's answers
     token_loss         loss, statistics and gradients of a named divergence from those of a chunk
     chunk_grads        turn the stored logits of a chunk into dz; add its share of dX, dW, db
     recompute          dX, dW, db of all tokens from upstream gradients; recomputes the logits
     gather             logits of the given ids alone; gather_grads is its backward
-    topk               the k largest of each row and the log-sum-exp of the rest, at temperatures
-    topk_memory        tokens per call of topk, and memory for their logits or None
+    topk               write the k largest of each row and the exact tail, at temperatures
+    topk_memory        tokens per call of topk, and what its calls share
     dense_sums         D, Σψ and the label's logit of a chunk stored for both heads
     dense_grads        turn the same chunk into dz; add its share of dX, dW, db
     scale_             multiply a gradient by a 0-dim factor in place; 1 costs no pass over it
@@ -38,13 +39,14 @@ class Backend(NamedTuple):
 
     scan: Callable[..., Scanned]
     new_logits_buffer: Callable[..., Tensor]
+    merge_answers: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     token_loss: Callable[..., RowLosses]
     chunk_grads: Callable[..., None]
     recompute: Callable[..., Grads]
     gather: Callable[..., Tensor]
     gather_grads: Callable[..., Grads]
-    topk: Callable[..., list[tuple[Tensor, Tensor, Tensor]]]
-    topk_memory: Callable[..., tuple[int, Tensor | None]]
+    topk: Callable[..., None]
+    topk_memory: Callable[..., tuple[int, Any]]
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
     scale_: Callable[[Tensor, Tensor], Tensor]

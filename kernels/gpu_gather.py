@@ -50,9 +50,18 @@ def forward(head: LMHead, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
 
 
 def hidden_grad(
-    head: LMHead, ids_NS: Tensor, g_NS: Tensor, out: Tensor, base: Tensor | None = None
+    head: LMHead,
+    ids_NS: Tensor,
+    g_NS: Tensor,
+    out: Tensor,
+    *,
+    base: Tensor | None = None,
+    lost: bool = False,
 ) -> None:
-    """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x)."""
+    """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x).
+
+    lost: in place of g, what it loses when it is rounded to the type of W.
+    """
     if head.is_packed:
         got = type(head.weight).__name__
         raise TypeError(f"weight: expected a dense head for gradients, got {got}; dequantize() it")
@@ -73,6 +82,7 @@ def hidden_grad(
         ld_w=head.weight.stride(0),
         ld_base=0 if base is None else base.stride(0),
         ld_dx=out.stride(0),
+        LOST=lost,
         SB=min(GATHER_TILE["SB"], next_power_of_2(max(S, 1))),
         BH=BH,
         num_warps=GATHER_TILE["num_warps"],

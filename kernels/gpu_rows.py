@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .gpu_launch import SLOT_TILE, cdiv, launch, next_power_of_2, scalars
 from .head import LMHead, RunningLSE, Scanned, Stats, Top2
-from .token_loss import NEG
 
 # Columns per program and its warps: 16 fp32 per thread.
 ROW_TILE = {"BV": 4096, "num_warps": 8}
@@ -39,16 +39,17 @@ class Running:
         self.head, self.moments, self.label_u = head, moments, label_u_n
         self.ids = ids_nS.contiguous()
         n, S = ids_nS.shape
-        new = head.weight.new_empty
-        self.u_slots = torch.full((n, S), NEG, dtype=head.dtype, device=head.weight.device)
-        self.top = new(n, dtype=head.dtype)
-        self.sums = new(moments + 1, n, dtype=head.dtype)
-        self.base = base and head.temperature != 1.0
-        self.base_sum = new(n if self.base else 0, dtype=head.dtype)
-        self.best = best
-        self.best_u = new(n if best else 0, 2, dtype=head.dtype)
-        self.best_id = new(n if best else 0, dtype=torch.int64)
-        self.above = torch.zeros_like(self.best_id)
+        new = partial(head.weight.new_empty, dtype=head.dtype)
+        self.u_slots = new(n, S)
+        self.top, self.lse = new(n), new(n)
+        self.sums = new(moments + 1, n)
+        self.base_sum = self.base_lse = None
+        if base and head.temperature != 1.0:
+            self.base_sum, self.base_lse = new(n), new(n)
+        self.best = None
+        if best:
+            best_id = new(n, dtype=torch.int64)
+            self.best = Top2(new(n, 2), best_id, torch.zeros_like(best_id))
 
     def block(self, rows: slice) -> Callable[[slice, Tensor], None]:
         """A function (columns, raw products [n, v] of these tokens) that reduces them: one launch.
@@ -56,24 +57,31 @@ class Running:
         Slots in them become NEG. Arguments that do not change from slab to slab are built once: the
         host takes about as long per slab as a small GEMM.
         """
-        S, half = self.ids.shape[1], next_power_of_2(self.head.vocab_size) // 2
+        (n, S), half = self.ids.shape, next_power_of_2(self.head.vocab_size) // 2
+        best = self.best is not None
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or rows == slice(0, n) else tensor[rows]
+
         constant = {
             "p_bias": self.head.bias,
-            "p_ids": self.ids[rows],
-            "p_label_u": None if self.label_u is None else self.label_u[rows],
-            "p_u_slots": self.u_slots[rows],
-            "p_top": self.top[rows],
+            "p_ids": part(self.ids),
+            "p_label_u": part(self.label_u),
+            "p_u_slots": part(self.u_slots),
+            "p_top": part(self.top),
             "p_sums": self.sums[:, rows],
-            "p_base_sum": self.base_sum[rows] if self.base else None,
-            "p_best": self.best_u[rows] if self.best else None,
-            "p_best_id": self.best_id[rows] if self.best else None,
-            "p_n_above": self.above[rows] if self.best else None,
-            "n": self.ids.shape[0],
+            "p_lse": part(self.lse),
+            "p_base_sum": part(self.base_sum),
+            "p_base_lse": part(self.base_lse),
+            "p_best": None if self.best is None else part(self.best.u),
+            "p_best_id": None if self.best is None else part(self.best.id),
+            "p_n_above": None if self.best is None else part(self.best.above),
+            "n": n,
             "S": S,
             **scalars(self.head),
             "MOMENTS": self.moments,
-            "BASE": self.base,
-            "BEST": self.best,
+            "BASE": self.base_sum is not None,
+            "BEST": best,
             "SB": min(SLOT_TILE, next_power_of_2(max(S, 1))),
             "maxnreg": 64,
         }
@@ -89,7 +97,7 @@ class Running:
                 ld_raw=raw_nv.stride(0),
                 v=v,
                 v0=at.start,
-                BV=max(64, min(warps * REDUCE_COLUMNS[self.best], half)),
+                BV=max(64, min(warps * REDUCE_COLUMNS[best], half)),
                 num_warps=warps,
                 **constant,
             )
@@ -99,13 +107,11 @@ class Running:
     def scanned(self) -> Scanned:
         T = self.head.temperature
         top = self.top if T == 1.0 else self.top * (1.0 / T)  # rounded as in the kernel
-        base = RunningLSE(self.top, [self.base_sum], 1.0) if self.base else None
-        return Scanned(
-            self.u_slots,
-            RunningLSE(top, list(self.sums), T),
-            base,
-            Top2(self.best_u, self.best_id, self.above) if self.best else None,
-        )
+        base = None
+        if self.base_sum is not None:
+            base = RunningLSE(self.top, [self.base_sum], 1.0, self.base_lse)
+        rest = RunningLSE(top, list(self.sums), T, self.lse)
+        return Scanned(self.u_slots, rest, base, self.best)
 
 
 def grad_rows(
@@ -126,7 +132,7 @@ def grad_rows(
         "p_ids": ids_nS,
         "p_g_slots": g_nS,
         "p_lse_rest": stats.lse_rest,
-        "p_g_rest": grads.lse_rest * (scale / T),
+        "p_g_rest": grads.lse_rest if scale == T else grads.lse_rest * (scale / T),
         "p_mean_rest": stats.mean_rest if mean else None,
         "p_g_mean": g_mean * (scale / T) if mean and g_mean is not None else None,
         "p_lse_base": stats.lse_base if base else None,

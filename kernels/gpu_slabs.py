@@ -195,15 +195,15 @@ def _add_grads(
     product(dz, weight, wide)
     if head.weight.dtype == head.dtype:
         return
-    gpu_gather.hidden_grad(head, *_rounding_errors(ids, g_nS, dz.dtype), dx, base=wide)
+    gpu_gather.hidden_grad(head, *_corrected(ids, g_nS), dx, base=wide, lost=True)
 
 
-def _rounding_errors(ids_nS: Tensor, g_nS: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(ids, what g loses when it is rounded), of the CORRECTED_SLOTS largest |g| of each row."""
+def _corrected(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids, g) of the CORRECTED_SLOTS largest |g| of each row."""
     if ids_nS.shape[-1] > CORRECTED_SLOTS:
         largest = g_nS.abs().topk(CORRECTED_SLOTS, -1, sorted=False).indices
         ids_nS, g_nS = ids_nS.gather(-1, largest), g_nS.gather(-1, largest)
-    return ids_nS, g_nS - g_nS.to(to).to(g_nS.dtype)
+    return ids_nS, g_nS
 
 
 def recompute(
@@ -260,15 +260,14 @@ def recompute(
     if sum_db is not None and head.bias is not None:
         db = (sum_db if grad_scale is None else sum_db / grad_scale).to(head.bias.dtype)
     if dx is not None and head.weight.dtype != wide:
-        lost = _rounding_errors(ids, g_NS, head.weight.dtype)
-        dx = _rounded_hidden_grad(head, *lost, dx, narrow, grad_scale)
+        dx = _rounded_hidden_grad(head, *_corrected(ids, g_NS), dx, narrow, grad_scale)
     return dx, dw, db
 
 
 def _rounded_hidden_grad(
     head: LMHead,
     ids_NS: Tensor,
-    lost_NS: Tensor,
+    g_NS: Tensor,
     dx: Tensor,
     narrow: Tensor | None,
     grad_scale: Tensor | None,
@@ -276,9 +275,9 @@ def _rounded_hidden_grad(
     """dX with what dz of the slots lost to rounding, in the type of `narrow` (dx if None)."""
     if grad_scale is None:
         out = dx if narrow is None else narrow
-        gpu_gather.hidden_grad(head, ids_NS, lost_NS, out, base=dx)
+        gpu_gather.hidden_grad(head, ids_NS, g_NS, out, base=dx, lost=True)
         return out
-    gpu_gather.hidden_grad(head, ids_NS, lost_NS, dx, base=dx)
+    gpu_gather.hidden_grad(head, ids_NS, g_NS, dx, base=dx, lost=True)
     dx.div_(grad_scale)  # before dX is rounded, or it would overflow
     return dx if narrow is None else narrow.copy_(dx)
 
@@ -295,7 +294,8 @@ def _recompute_memory(
     least_tokens, least_columns = RECOMPUTE_TILE
     most = RECOMPUTE_BYTES // wide.itemsize
     free = 0 if narrow is None else narrow.nbytes // wide.itemsize
-    columns = min(slab_columns(V), max(least_columns, most // max(N, 1) // 256 * 256))
+    fitting = max(least_columns, most // max(N, 1) // 256 * 256)
+    columns = min(forward_columns(V, H, min(N, BLOCK_TOKENS)), fitting)
     sums = columns * H if need_weight and head.weight.dtype != wide else 0
     tokens, in_fp32 = N, sums > 0 and not sums_in_16_bits(head.weight.dtype)
     if N * columns + in_fp32 * sums > max(most, free):

@@ -106,6 +106,22 @@ def merge_slots(head: LMHead, ids_NS: Tensor, z_NS: Tensor, g_NS: Tensor) -> tup
     instructions at 1.7 GHz, and 0.9 ms at S = 1025: a sort and a segmented sum launch dozens of
     kernels.
     """
+    on_y = None if head.softcap is None else head.temperature / head.softcap
+    return _merge(ids_NS, z_NS, g_NS, head.logit_scale / head.temperature, on_y)
+
+
+def merge_answers(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """token_loss.merge_answers in one launch and a few operators; it has dozens, with a sort."""
+    p_NK = lp_NK.exp()
+    ids, merged = _merge(ids_NK, lp_NK, p_NK, 1.0, None)
+    lp = torch.where(merged == p_NK, lp_NK, merged.log().clamp(min=floor_of(lp_NK.dtype)))
+    return ids, lp, merged.sum(-1)
+
+
+def _merge(
+    ids_NS: Tensor, z_NS: Tensor, g_NS: Tensor, on_slots: float, on_y: float | None
+) -> tuple[Tensor, Tensor]:
+    """Launch merge_slots; without on_y there is no softcap."""
     N, S = ids_NS.shape
     distinct, g_slots = torch.empty_like(ids_NS), torch.empty_like(z_NS)
     SB = min(ROWS_TILE["slots"], next_power_of_2(max(S, 1)))
@@ -121,9 +137,9 @@ def merge_slots(head: LMHead, ids_NS: Tensor, z_NS: Tensor, g_NS: Tensor) -> tup
         p_g_slots=g_slots,
         n=N,
         S=S,
-        on_slots=head.logit_scale / head.temperature,
-        on_y=0.0 if head.softcap is None else head.temperature / head.softcap,
-        CAP=head.softcap is not None,
+        on_slots=on_slots,
+        on_y=on_y or 0.0,
+        CAP=on_y is not None,
         BN=BN,
         SB=SB,
         num_warps=ROWS_TILE["num_warps"],

@@ -118,8 +118,11 @@ class RunningLSE:
     and variance are computed from small numbers.
     """
 
-    def __init__(self, top: Tensor, sums: list[Tensor], temperature: float) -> None:
-        self.top, self.sums, self.temperature = top, sums, temperature
+    def __init__(
+        self, top: Tensor, sums: list[Tensor], temperature: float, known: Tensor | None = None
+    ) -> None:
+        """known: the log-sum-exp of these sums, if a kernel has computed it."""
+        self.top, self.sums, self.temperature, self.known = top, sums, temperature, known
 
     @classmethod
     def empty(cls, tokens: int, like: Tensor, temperature: float, moments: int) -> RunningLSE:
@@ -153,10 +156,12 @@ class RunningLSE:
         if len(old) > 2:
             shifted.append(old[2] + 2 * shift * old[1] + shift.square() * old[0])
         self.sums = [decay * a + b for a, b in zip(shifted, sums, strict=True)]
-        self.top = top
+        self.top, self.known = top, None
 
     def lse(self) -> Tensor:
         """log-sum-exp [n]; NEG without any token."""
+        if self.known is not None:
+            return self.known
         return torch.where(self.top < ABSENT, NEG, self.top + self.sums[0].log())
 
     def mean(self) -> Tensor:
@@ -176,7 +181,7 @@ class Top2(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """u_nS of the slots at T=1 (NEG if empty) and the running sums of all other tokens."""
+    """u_nS ≥ NEG of the slots at T=1 (NEG if empty), and the running sums of all other tokens."""
 
     u_nS: Tensor
     rest: RunningLSE
@@ -186,7 +191,7 @@ class Scanned(NamedTuple):
     def stats(self) -> Stats:
         T = self.rest.temperature
         if T == 1.0:
-            z_nS = self.u_nS.clamp(min=NEG)  # one kernel instead of four; −inf is NEG, too
+            z_nS = self.u_nS
         else:
             z_nS = torch.where(self.u_nS < ABSENT, NEG, self.u_nS / T)
         return Stats(

@@ -47,6 +47,8 @@ def scores(
         )
         for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)
     ]
+    if len(parts) == 1:
+        return parts[0]
     return HeadScores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 

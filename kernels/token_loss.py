@@ -373,8 +373,11 @@ def first_slots(ids_NK: Tensor) -> Tensor:
     return first & (ids_NK >= 0)
 
 
-def merge_repeats(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeated ids become one slot with the summed probability; the other slots become empty."""
+def merge_answers(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(distinct ids, log p, Σ p): repeated ids become one slot with the summed probability.
+
+    The other slots of an id become empty: id −1, and log p the floor.
+    """
     order = torch.sort(ids_NK, dim=-1, stable=True)
     lp = lp_NK.gather(-1, order.indices)
     is_new = torch.ones_like(order.values, dtype=torch.bool)
@@ -390,4 +393,6 @@ def merge_repeats(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.empty_like(order.indices).scatter_(
         -1, order.indices, torch.arange(ids_NK.shape[-1], device=ids_NK.device).expand_as(ids_NK)
     )
-    return merged_ids.gather(-1, inverse), merged.gather(-1, inverse)
+    ids = merged_ids.gather(-1, inverse)
+    lp = merged.gather(-1, inverse).masked_fill_(ids < 0, floor)
+    return ids, lp, lp.exp().sum(-1)

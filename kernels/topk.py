@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import LMHead, blocks
-from .token_loss import ABSENT, log_tail_of
 
 
 class TopRows(NamedTuple):
@@ -31,7 +30,7 @@ def topk(
 ) -> list[TopRows]:
     """The answers at each temperature; the head's own does not count."""
     N = hidden_NH.shape[0]
-    answers = [  # of z and lse_rest first
+    answers = [
         TopRows(
             hidden_NH.new_empty(N, k, dtype=torch.int64),
             hidden_NH.new_empty(N, k, dtype=head.dtype),
@@ -39,14 +38,8 @@ def topk(
         )
         for _ in temperatures
     ]
-    step, buffer = backend.topk_memory(head, N, k, len(temperatures))
+    step, memory = backend.topk_memory(head, N, k, temperatures)
     for at in blocks(N, step):
-        parts = backend.topk(head, hidden_NH[at], k, temperatures, buffer)
-        for answer, (z, ids, lse_rest) in zip(answers, parts, strict=True):
-            answer.ids[at], answer.logprobs[at], answer.log_tail[at] = ids, z, lse_rest
-    del buffer
-    for _, z, lse_rest in answers:
-        lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
-        log_rest = log_tail_of(z.sub_(lse.unsqueeze(-1)), lse_rest - lse)
-        lse_rest.copy_(torch.where(lse_rest < ABSENT, -torch.inf, log_rest))
+        parts = [TopRows(*(t[at] for t in answer)) for answer in answers]
+        backend.topk(head, hidden_NH[at], temperatures, memory, parts)
     return answers

@@ -23,7 +23,8 @@ from torch import Tensor
 from .cpu_kernels import CPUKernels, cpu_kernels
 from .head import LMHead, RunningLSE, Scanned, Stats, Top2, blocks, grad_scale_of, vocabulary_slabs
 from .row_topk import row_topk
-from .token_loss import ABSENT, NEG
+from .token_loss import ABSENT, NEG, log_tail_of
+from .topk import TopRows
 
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data center GPU
 SLAB_ROWS = (64, 4096)
@@ -244,7 +245,7 @@ def scan(
             top2 = _merge_top2(top2, at, u_vn, label_u_n)
     u_nS = u_1n.new_full((n, ids_nS.shape[1]), NEG)
     if slots.gathered is not None:
-        u_nS = slots.gathered.t().contiguous()
+        u_nS = slots.gathered.t().clamp(min=NEG).contiguous()  # −inf is NEG, too
     return Scanned(u_nS, running, running_base, top2)
 
 
@@ -322,27 +323,24 @@ def grad_slab_(
 def topk(
     head: LMHead,
     hidden_nH: Tensor,
-    k: int,
     temperatures: Sequence[float],
-    buffer: Tensor | None = None,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per temperature (z [n, k] by falling value, ids int64 [n, k], lse_rest [n])."""
+    memory: None,
+    out: Sequence[TopRows],
+) -> None:
+    """Write the answers at each temperature to `out`."""
     n, whole = hidden_nH.shape[0], Matmul(head, hidden_nH)
     if whole.product is None or n <= ROW_TOKENS:
-        return _topk_of_block(head, whole, n, k, temperatures)
-    parts = [
-        _topk_of_block(head, Matmul(head, hidden_nH[at]), at.stop - at.start, k, temperatures)
-        for at in blocks(n, ROW_TOKENS)
-    ]
-    return [
-        (torch.cat(z), torch.cat(ids), torch.cat(rest))
-        for z, ids, rest in (zip(*answers, strict=True) for answers in zip(*parts, strict=True))
-    ]
+        _topk_of_block(head, whole, temperatures, out)
+        return
+    for at in blocks(n, ROW_TOKENS):
+        part = [TopRows(*(t[at] for t in answer)) for answer in out]
+        _topk_of_block(head, Matmul(head, hidden_nH[at]), temperatures, part)
 
 
 def _topk_of_block(
-    head: LMHead, matmul: Matmul, n: int, k: int, temperatures: Sequence[float]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+    head: LMHead, matmul: Matmul, temperatures: Sequence[float], out: Sequence[TopRows]
+) -> None:
+    n, k = out[0].ids.shape
     u_1n = head.weight.new_empty(0, n, dtype=head.dtype)
     answers = [_RunningTopK(k, u_1n) for _ in temperatures]
     long_rows = max(SLAB_ROWS[1], ROW_BYTES // (4 * max(n, 1)))
@@ -356,7 +354,13 @@ def _topk_of_block(
                 answer.add(at.start, u_nv)
             else:
                 answer.add(at.start, u_nv.div_(T) if answer is answers[-1] else u_nv / T)
-    return [(answer.z_nk, answer.ids_nk, answer.rest_n) for answer in answers]
+    for (ids, logprobs, log_tail), answer in zip(out, answers, strict=True):
+        z, lse_rest = answer.z_nk, answer.rest_n
+        lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
+        ids.copy_(answer.ids_nk)
+        logprobs.copy_(z.sub_(lse.unsqueeze(-1)))
+        log_rest = log_tail_of(logprobs, lse_rest - lse)
+        log_tail.copy_(torch.where(lse_rest < ABSENT, -torch.inf, log_rest))
 
 
 class _RunningTopK:

@@ -77,6 +77,7 @@ def scatter_hidden(
     ld_w,
     ld_base,
     ld_dx,
+    LOST: tl.constexpr,
     SB: tl.constexpr,
     BH: tl.constexpr,
 ):
@@ -85,6 +86,7 @@ def scatter_hidden(
     Args:
         p_w: [V, H], row stride ld_w. p_ids: int64 [n, S], −1 in empty slots. p_g: [n, S], d(W x).
         p_base: [n, H] or None, row stride ld_base. p_dx: [n, H], the result, row stride ld_dx.
+        LOST: take what g loses when it is rounded to the type of p_w, in place of g.
 
     Program (i, j) owns BH columns of row i of dX and walks its slots in blocks of SB.
     """
@@ -99,6 +101,8 @@ def scatter_hidden(
         b_ids = tl.load(p_ids + i_row * S + o_slots, mask=o_slots < S, other=-1).to(tl.int64)
         m_ids = b_ids >= 0
         b_g = tl.load(p_g + i_row * S + o_slots, mask=m_ids, other=0.0)
+        if LOST:
+            b_g -= round_to(b_g, p_w.dtype.element_ty).to(DT)
         b_w = tl.load(
             p_w + b_ids[:, None] * ld_w + o_h[None, :],
             mask=m_ids[:, None] & (o_h < H)[None, :],

@@ -43,7 +43,9 @@ def reduce_rows(
     p_u_slots,
     p_top,
     p_sums,
+    p_lse,
     p_base_sum,
+    p_base_lse,
     p_best,
     p_best_id,
     p_n_above,
@@ -71,9 +73,10 @@ def reduce_rows(
             for a multiple of 16 columns.
         p_bias: [V] or None. p_ids: int64 [n, S], −1 in empty slots.
         p_label_u: [n] or None, the label's u; needed for p_n_above.
-        p_u_slots: [n, S], receives u of the slots in these columns.
+        p_u_slots: [n, S], receives u ≥ NEG of the slots in these columns, and first NEG elsewhere.
         p_top: [n], running maximum of u. p_sums: [MOMENTS + 1, n], running sums s_i.
-        p_base_sum: [n], running Σ e^{u − top}, if BASE.
+        p_lse: [n], receives top / T + log s_0, NEG without a token.
+        p_base_sum: [n], running Σ e^{u − top}; p_base_lse: [n], as p_lse at T = 1; if BASE.
         p_best: [n, 2], the two largest u; p_best_id: int64 [n], the id of the first; p_n_above:
             int64 [n], how many u exceed the label's; if BEST.
         v0: the first column. 0 starts the statistics: nothing is read then.
@@ -95,11 +98,10 @@ def reduce_rows(
             b_ids = tl.load(p_row_ids + o_slots, mask=o_slots < S, other=-1)
             m_inside = (b_ids >= v0) & (b_ids < v0 + v)
             b_raw = tl.load(p_row + (b_ids - v0), mask=m_inside, other=0.0)
-            tl.store(
-                p_row_slots + o_slots,
-                shape_logits(b_raw, p_bias, b_ids, m_inside, scale, cap, CAP),
-                mask=m_inside,
-            )
+            b_u = shape_logits(b_raw, p_bias, b_ids, m_inside, scale, cap, CAP)
+            b_u = tl.where(m_inside & ~(b_u < NEG), b_u, NEG)  # a NaN stays
+            m_write = m_inside | ((v0 == 0) & (o_slots < S))
+            tl.store(p_row_slots + o_slots, b_u, mask=m_write)
         tl.debug_barrier()  # an id may repeat: every slot has read before any is overwritten
         for i_slot in range(0, S, SB):
             o_slots = i_slot + tl.arange(0, SB)
@@ -161,7 +163,11 @@ def reduce_rows(
     b_old_s0, b_old_s1, b_old_s2 = move_sums(
         b_old_s0, b_old_s1, b_old_s2, b_old_top * inv_T, b_new_top * inv_T, MOMENTS
     )
-    tl.store(p_sums + i_row, b_old_s0 + tl.sum(b_s0, 0))
+    b_s0_all = b_old_s0 + tl.sum(b_s0, 0)
+    tl.store(p_sums + i_row, b_s0_all)
+    m_none = b_new_top < ABSENT
+    b_lse = b_new_top * inv_T + tl.log(tl.where(m_none, 1.0, b_s0_all))
+    tl.store(p_lse + i_row, tl.where(m_none, NEG, b_lse))
     if MOMENTS >= 1:
         tl.store(p_sums + n + i_row, b_old_s1 + tl.sum(b_s1, 0))
     if MOMENTS >= 2:
@@ -170,7 +176,10 @@ def reduce_rows(
         b_old = tl.load(p_base_sum + i_row, mask=m_old, other=0.0)
         b_base, _, _ = move_sums(b_base, b_base, b_base, b_top, b_new_top, 0)
         b_old, _, _ = move_sums(b_old, b_old, b_old, b_old_top, b_new_top, 0)
-        tl.store(p_base_sum + i_row, b_old + tl.sum(b_base, 0))
+        b_base_all = b_old + tl.sum(b_base, 0)
+        tl.store(p_base_sum + i_row, b_base_all)
+        b_lse = b_new_top + tl.log(tl.where(m_none, 1.0, b_base_all))
+        tl.store(p_base_lse + i_row, tl.where(m_none, NEG, b_lse))
     if BEST:
         # Of equal logits the smallest id, in the first step of its lane that had it. The second is
         # the top of another lane, or in this one, which is read again.

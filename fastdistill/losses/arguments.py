@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.backends import get_backend
 from ..kernels.divergences import COMBINED, NAMES, floor_of, minimum_of
 from ..kernels.head import LMHead
-from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK, merge_repeats
+from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK
 from ..runtime import checks, tensor_checks
 from .checks import check_head, check_labels, check_vocabulary
 from .types import TopK
@@ -94,13 +95,12 @@ def to_teacher_rows(
     ids = teacher.ids.detach().reshape(-1, K).long()
     if mask_N is not None:
         ids = torch.where(mask_N.unsqueeze(-1), ids, -1)
-    floor, empty = floor_of(dtype), ids < 0
+    floor = floor_of(dtype)
     lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
-    lp = lp.clamp(min=floor, max=0.0).masked_fill_(empty, floor)
-    ids, lp = merge_repeats(ids, lp)
-    empty = ids < 0
-    lp = lp.masked_fill_(empty, floor)
-    mass = lp.exp().sum(-1)
+    lp = lp.clamp(min=floor, max=0.0).masked_fill_(ids < 0, floor)
+    # torch.compile traces operators of PyTorch, and fuses them.
+    impl = "torch" if torch.compiler.is_compiling() else options.impl
+    ids, lp, mass = get_backend(impl).merge_answers(ids, lp)
     log_tail = teacher.tail().detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
     if mask_N is not None:
         log_tail = torch.where(mask_N, log_tail, 0.0)
@@ -109,7 +109,7 @@ def to_teacher_rows(
         lp = (
             (lp * (teacher.temperature / options.temperature))
             .clamp(min=floor)
-            .masked_fill(empty, floor)
+            .masked_fill(ids < 0, floor)
         )
     return TeacherRows(TeacherTopK(ids, lp, log_tail), mass)
 

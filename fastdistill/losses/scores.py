@@ -67,7 +67,7 @@ def token_scores(
     teacher_rows = None
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if teacher is not None:
-        options = LossOptions(temperature=temperature)
+        options = LossOptions(temperature=temperature, impl=impl)
         check_teacher(teacher, hidden, None, vocab=ops.vocab, options=options, check=check)
         teacher_rows = to_teacher_rows(teacher, options, head.dtype)
         ids = teacher_rows.teacher.ids

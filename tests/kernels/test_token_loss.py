@@ -18,6 +18,7 @@ from fastdistill.kernels.token_loss import (
     LossOptions,
     TeacherTopK,
     entropy_of,
+    merge_answers,
     slot_ids,
     token_loss_forward,
 )
@@ -139,6 +140,11 @@ def test_repeated_slots_become_one(slots, monkeypatch):
 
     assert_close(by_id(distinct, merged), by_id(ids, slot_grads(head, z, g)), 1e-12)
     assert (merged[distinct < 0] == 0).all()
+    lp = g.log_softmax(-1).masked_fill(ids < 0, floor_of(g.dtype))
+    for got, expected in zip(
+        gpu_token_loss.merge_answers(ids, lp), merge_answers(ids, lp), strict=True
+    ):
+        assert_close(got, expected, 1e-14)
 
 
 @pytest.mark.parametrize(
