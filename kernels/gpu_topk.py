@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .gpu_launch import SLOT_TILE, cdiv, launch, next_power_of_2, scalars
 from .gpu_slabs import all_products, logits_view
-from .head import LMHead
+from .head import SHARE_OF_GPU, LMHead, gpu_memory
 from .topk import TopRows
 
 GROUP = 64
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 def topk_memory(
     head: LMHead, tokens: int, k: int, temperatures: Sequence[float]
 ) -> tuple[int, Memory]:
-    """(tokens per chunk, memory); all that a chunk needs fits in CHUNK_BYTES.
+    """(tokens per chunk, memory); all that a chunk needs fits in CHUNK_BYTES and SHARE_OF_GPU.
 
     There are at least two chunks, so that there is no [N, V]. Large ones have whole tiles of 128
     tokens for the library GEMM.
@@ -53,7 +53,8 @@ def topk_memory(
     copies = 1 if head.bias is None else 2
     members = copies * k if takes_groups(V, k) else 0
     per_row = (groups + members) * GROUP + (len(temperatures) + 3) * groups + 12 * k
-    step = max(1, CHUNK_BYTES // (per_row * head.dtype.itemsize))
+    most = int(min(CHUNK_BYTES, SHARE_OF_GPU * gpu_memory(head.weight)))
+    step = max(1, most // (per_row * head.dtype.itemsize))
     step = min(step if step < 128 else step // 128 * 128, max(1, -(-tokens // 2)))
     inv_T = [new((1,), 1.0 / T, dtype=head.dtype) for T in temperatures]
     bias = None

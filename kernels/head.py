@@ -12,6 +12,7 @@ valid_vocab on), S slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .token_loss import ABSENT, NEG
 
+# Least and most bytes of the logits of a chunk; a GPU gives at most this share of its memory, which
+# is less than the most for GPUs below 64 GiB.
 CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
+SHARE_OF_GPU = 1 / 64
+TILE_TOKENS = 128  # of the library's products on a GPU
 # A bfloat16 dW is rounded after every chunk; with more chunks than this it is summed in fp32.
 # `python -m benchmarks.carried_gradient` trains with both for 200 steps of 4 chunks (8 seeds).
 # The KL to the teacher changes by +0.000003 ± 0.000048, from 1.73566 with fp32. With lr=2e-2 it
@@ -240,16 +245,46 @@ def vocabulary_slabs(head: LMHead, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, head.vocab_size))
 
 
+def gpu_memory(weight: Tensor) -> float:
+    """Bytes of memory of the weight's GPU; ∞ without one, as in a plan or for all ranks' GPUs."""
+    if not weight.is_cuda:
+        return math.inf
+    return float(torch.cuda.get_device_properties(weight.device).total_memory)
+
+
+def whole_tiles(chunk: int, tokens: int, device_type: str) -> int:
+    """The tokens of a chunk without a last tile of the library's products that is half empty.
+
+    The number of chunks may grow, but not beyond CARRIED_CHUNKS, where dW would need fp32.
+    """
+    rest = chunk % TILE_TOKENS
+    if device_type == "cpu" or 2 * chunk >= tokens or chunk < TILE_TOKENS:
+        return chunk
+    if not 0 < rest <= TILE_TOKENS // 2:
+        return chunk
+    few = CARRIED_CHUNKS.get(device_type, 4)
+    return chunk if chunk * few >= tokens > (chunk - rest) * few else chunk - rest
+
+
 def chunk_tokens(
     head: LMHead, tokens: int, weight_grad: bool, device_type: str | None = None
 ) -> int:
     """Return the tokens per chunk of the fused loss on a device, that of the head by default.
 
     The logits of a chunk plus the weight gradient stay below SHARE_OF_MATERIALIZED of three fp32
-    [N, V] and within CHUNK_BYTES. A chunk has enough tokens that reading W does not dominate. Two
-    chunks are preferred if they fit: a bfloat16 dW then needs no fp32 accumulator.
+    [N, V], within CHUNK_BYTES and within SHARE_OF_GPU of the memory of its GPU. A chunk has enough
+    tokens that reading W does not dominate. Two chunks are preferred if they fit: a bfloat16 dW
+    then needs no fp32 accumulator.
     """
-    low, high = CHUNK_BYTES.get(device_type or head.weight.device.type, CHUNK_BYTES["cuda"])
+    device_type = device_type or head.weight.device.type
+    fitting = _fitting_tokens(head, tokens, weight_grad, device_type)
+    return whole_tiles(fitting, tokens, device_type)
+
+
+def _fitting_tokens(head: LMHead, tokens: int, weight_grad: bool, device_type: str) -> int:
+    """`chunk_tokens` before it is rounded to tiles."""
+    low, high = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+    high = int(max(low, min(high, SHARE_OF_GPU * gpu_memory(head.weight))))
     row_bytes = head.vocab_size * head.dtype.itemsize
     share = int(SHARE_OF_MATERIALIZED * 3 * tokens * row_bytes)
     floor = max(low, MIN_CHUNK_TOKENS * row_bytes)
@@ -265,7 +300,7 @@ def chunk_tokens(
     if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
         return half
     even = -(-tokens // -(-tokens // max(1, chunk)))  # the same number of chunks, of equal size
-    return max(1, min(chunk, even + -even % 32))  # multiples of the tile of the library GEMM
+    return max(1, min(chunk, even + -even % 32))
 
 
 def dw_type(head: LMHead, tokens: int, chunk: int, device_type: str | None = None) -> torch.dtype:
@@ -281,8 +316,10 @@ def dense_chunk_tokens(
 
     Half of `chunk_tokens`; or more, as far as a bfloat16 dW leaves the memory of its fp32 sum.
     """
-    chunk = max(1, chunk_tokens(head, tokens, weight_grad, device_type) // 2)
-    few = -(-tokens // CARRIED_CHUNKS.get(device_type or head.weight.device.type, 4))
+    device_type = device_type or head.weight.device.type
+    chunk = max(1, _fitting_tokens(head, tokens, weight_grad, device_type) // 2)
+    chunk = whole_tiles(chunk, tokens, device_type)
+    few = -(-tokens // CARRIED_CHUNKS.get(device_type, 4))
     saved = head.weight.numel() * (head.dtype.itemsize - head.weight.element_size())
     fits = chunk + saved // (2 * head.vocab_size * head.dtype.itemsize)
     carried = weight_grad and dw_type(head, tokens, few, device_type) != head.dtype

@@ -70,15 +70,15 @@ class Shard(NamedTuple):
         head: LMHead,
         tokens: int,
         weight_grad: bool,
-        size_of: Callable[[LMHead, int, bool], int] = chunk_tokens,
+        size_of: Callable[[LMHead, int, bool, str], int] = chunk_tokens,
     ) -> int:
         """Tokens per chunk of a fused loss, computed from the largest shard.
 
-        All ranks combine the same chunks, so the size may not depend on this shard.
+        All ranks combine the same chunks, so the size may not depend on this shard or GPU.
         """
-        weight = head.weight.new_empty(1, 1).expand(self.largest, head.weight.shape[1])
+        weight = head.weight.new_empty(1, 1, device="meta").expand(self.largest, head.weight.shape[1])
         whole = head._replace(weight=weight, valid_vocab=self.largest)
-        return size_of(whole, tokens, weight_grad)
+        return size_of(whole, tokens, weight_grad, head.weight.device.type)
 
     def all_reduce(self, parts: list[Tensor], op: Any) -> list[Tensor]:
         """All-reduce of [n, ·] columns, packed into one message."""

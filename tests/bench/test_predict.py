@@ -98,23 +98,24 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = [
-    ("topk_loss", "triton fused", MAIN, Bounds(12, 18, 105, 1.14, 1.2)),
-    ("topk_loss", "triton fused", replace(MAIN, V=151936), Bounds(15, 22, 120, 1.16, 1.25)),
-    ("topk_loss", "triton fused", SMALL, Bounds(6, 10, 77, 1.5, 1.5)),
-    ("topk_loss", "triton fused", SHORT, Bounds(6, 10, 77, 1.41, 1.45)),
-    ("topk_loss", "triton recompute", MAIN, Bounds(317, 193, 120, 1.17, 1.25)),
+    ("topk_loss", "triton fused", MAIN, Bounds(12, 19, 42, 1.11, 1.2)),
+    ("topk_loss", "triton fused", replace(MAIN, V=151936), Bounds(15, 23, 47, 1.14, 1.25)),
+    ("topk_loss", "triton fused", SMALL, Bounds(6, 11, 34, 1.42, 1.5)),
+    ("topk_loss", "triton fused", SHORT, Bounds(6, 11, 34, 1.31, 1.45)),
+    ("topk_loss", "triton recompute", MAIN, Bounds(317, 194, 87, 1.16, 1.25)),
+    ("topk_loss", "triton recompute", SHORT, Bounds(32, 19, 87, 1.35, 1.35)),
     pytest.param(
         "topk_loss",
         "triton recompute",
         replace(MAIN, N=32768),
-        Bounds(701, 577, 140, 1.15, 1.25),
+        Bounds(701, 578, 89, 1.13, 1.25),
         marks=pytest.mark.slow,
     ),
-    ("scoring", "triton", MAIN, Bounds(128, 132, 136, 1.3, 1.3)),
-    ("lse_gather", "triton", MAIN, Bounds(128, 128, 22, 1.22, 1.3)),
-    ("linear_topk", "triton", MAIN, Bounds(10, 20, 225, 1.28, 1.45)),
-    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 246, 1.46, 1.6)),
-    ("dense_loss", "triton fused", MAIN, Bounds(16, 18, 74, 1.17, 1.3)),
+    ("scoring", "triton", MAIN, Bounds(128, 132, 94, 1.27, 1.3)),
+    ("lse_gather", "triton", MAIN, Bounds(128, 128, 16, 1.22, 1.3)),
+    ("linear_topk", "triton", MAIN, Bounds(10, 20, 31, 1.23, 1.45)),
+    ("linear_topk", "triton", replace(MAIN, K=256), Bounds(11, 22, 34, 1.4, 1.6)),
+    ("dense_loss", "triton fused", MAIN, Bounds(16, 18, 42, 1.17, 1.3)),
 ]
 
 
@@ -126,21 +127,39 @@ def test_a_public_call_costs_no_more_than_this(name, impl, shape, bounds):
     assert prediction.ratio <= max(bounds.ratio, bounds.wanted), prediction
 
 
+def host_is_bounded(p: Prediction) -> bool:
+    """Whether the host's time of a call is at most 1.5 ms; docs/benchmarks/gpu.md has the reasons.
+
+    Each chunk or slab costs launches, and memory bounds the tokens or columns of one.
+    """
+    if p.op in ("linear_topk", "renorm_both", "renorm_both_zipf"):
+        return True
+    if p.op in ("scoring", "lse_gather"):
+        return p.N <= 2048
+    vocab = 128256 if p.op.startswith("dense") else 151936
+    return p.impl == "triton fused" and p.N <= 8192 and vocab >= p.V
+
+
 @pytest.mark.slow
 def test_the_registry():
     """No loss or score is slower than eager PyTorch; where the host takes long is recorded here.
 
-    Recomputation is left out: it does 8NVH FLOPs where eager PyTorch does 6.
+    Recomputation does 8NVH FLOPs where eager PyTorch does 6: it is not compared.
     """
     suite = list(predictions())
     eager = {p.case: p.predicted_ms for p in suite if p.impl == "eager"}
-    ours = [p for p in suite if p.impl in ("triton", "triton fused")]
-    assert {p.case for p in ours if p.predicted_ms > eager.get(p.case, math.inf)} == set()
-    waiting = {p.case for p in ours if p.bound == "host"}
-    assert waiting <= {"scoring, llama-3.1-8b N=512 K=64, bfloat16"}
-    fused = [p for p in ours if p.impl == "triton fused"]
-    busy = {p.case for p in fused if p.host_ms > p.gpu_ms / 2}
-    assert busy <= {"topk_loss, qwen3-0.6b N=512 K=64, bfloat16"}
+    ours = [p for p in suite if p.impl != "eager"]
+    compared = [p for p in ours if p.impl != "triton recompute"]
+    assert {p.case for p in compared if p.predicted_ms > eager.get(p.case, math.inf)} == set()
+    assert {p.case for p in ours if p.bound == "host"} == set()
+    busy = {p.case for p in ours if p.host_ms > p.gpu_ms / 2}
+    assert busy <= {
+        "scoring, qwen3-0.6b N=2048 K=64, bfloat16",
+        "scoring, llama-3.1-8b N=512 K=64, bfloat16",
+        "topk_loss, qwen3-0.6b N=512 K=64, bfloat16",
+        "lse_gather, llama-3.1-8b N=512 K=64, bfloat16",
+    }
+    assert {p.case for p in ours if host_is_bounded(p) and p.host_ms > 1.5} == set()
 
 
 def test_eager_pytorch_passes_over_its_logits():

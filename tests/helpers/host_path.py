@@ -116,10 +116,19 @@ def as_on_a_gpu() -> None:
 
     get_backend("triton")
     products = {gpu_launch.product, gpu_launch.add_product}
+    launch = gpu_launch.launch
+
+    def checked_launch(kernel: str, grid: Any, like: torch.Tensor, **arguments: Any) -> None:
+        if 0 not in grid:
+            refuse_null(kernel, arguments)
+        launch(kernel, grid, like, **arguments)
+
     for module in [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.")]:
         for name in ("product", "add_product"):
             if getattr(module, name, None) in products:
                 setattr(module, name, lambda *args, **options: None)
+        if getattr(module, "launch", None) is launch:
+            vars(module)["launch"] = checked_launch
     tables: list[dict[str, Any]] = [vars(head)["CHUNK_BYTES"], vars(head)["CARRIED_CHUNKS"]]
     for table in tables:
         table["cpu"] = table["cuda"]
@@ -135,6 +144,13 @@ def as_on_a_gpu() -> None:
     vars(torch)["compile"] = lambda function, **options: function
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, _with_zeros(getattr(owner, name)))
+
+
+def refuse_null(kernel: str, arguments: dict[str, Any]) -> None:
+    """Raise if a tensor without memory is passed; a kernel without slots may get [n, 0]."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and not value.data_ptr() and value.shape[-1:] != (0,):
+            raise ValueError(f"{kernel}: {name}: expected a tensor in memory, got a null pointer")
 
 
 def _with_zeros(empty: Any) -> Any:
@@ -218,10 +234,10 @@ def launch_microseconds(rounds: int = 40, calls: int = 200) -> dict[str, float]:
     with over_the_stub():
         from fastdistill.kernels import gpu_launch
 
-        launch, first = gpu_launch.launch, dict[str, Any]()
+        launch, first = gpu_launch.launch, dict[str, tuple[Any, dict[str, Any]]]()
 
         def record(kernel: str, grid: Any, like: torch.Tensor, **arguments: Any) -> None:
-            first.setdefault(kernel, (grid, like, arguments))
+            first.setdefault(kernel, (grid, arguments))
             launch(kernel, grid, like, **arguments)
 
         for module in [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.")]:
@@ -238,8 +254,8 @@ def launch_microseconds(rounds: int = 40, calls: int = 200) -> dict[str, float]:
         loss = fastdistill.linear_distill_loss(x, w, x.detach(), w.detach())
         getattr(loss, "loss", loss).backward()
         best = {}
-        for kernel, (grid, like, arguments) in sorted(first.items()):
-            call = partial(launch, kernel, grid, like, **arguments)
+        for kernel, (grid, arguments) in sorted(first.items()):
+            call = partial(gpu_launch.jitted(kernel)[grid], **arguments)
             best[kernel] = min(timeit.repeat(call, number=calls, repeat=rounds)) / calls * 1e6
         return best
 

@@ -111,13 +111,45 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **p
     return CUDA_SUCCESS;
 }
 
-/* No kernel of this project takes a tensor map or a cluster. */
+static int size_of(CUtensorMapDataType type) {
+    switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8: return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT64:
+    case CU_TENSOR_MAP_DATA_TYPE_INT64:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT64: return 8;
+    default: return 4;
+    }
+}
+
+/* The rules of the CUDA driver API; the types with fewer than 8 bits are not among them. */
 CUresult cuTensorMapEncodeTiled(
     CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
     const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
     const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
     CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-    return refuse("a tensor map: the stub has no rules for it");
+    int unit = interleave == CU_TENSOR_MAP_INTERLEAVE_32B ? 32 : 16;
+    unsigned long widest = swizzle == CU_TENSOR_MAP_SWIZZLE_32B    ? 32
+                           : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 64
+                           : swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128
+                                                                   : 256 * 8;
+    if ((size_t)map % 64) return refuse("a tensor map at an address that is no multiple of 64");
+    if (rank < 1 || rank > 5) return refuse("a tensor map of rank %u", rank);
+    if (!address || (size_t)address % unit) return refuse("a tensor at %p, not at %d bytes", address, unit);
+    for (cuuint32_t i = 0; i < rank; i++) {
+        if (!sizes[i] || sizes[i] > 1ull << 32) return refuse("size %u is %llu", i, (unsigned long long)sizes[i]);
+        if (i && (strides[i - 1] % unit || strides[i - 1] >= 1ull << 40))
+            return refuse("stride %u is %llu bytes", i - 1, (unsigned long long)strides[i - 1]);
+        if (!box[i] || box[i] > 256) return refuse("box %u is %u", i, box[i]);
+        if (!steps[i] || steps[i] > 8) return refuse("element stride %u is %u", i, steps[i]);
+    }
+    unsigned long inner = (unsigned long)box[0] * size_of(type);
+    if (interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && (inner % 16 || inner > widest))
+        return refuse("the inner box has %lu bytes", inner);
+    memset(map, 0, sizeof *map);
+    return CUDA_SUCCESS;
 }
 
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *c) {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import host_path
 
@@ -24,11 +25,12 @@ class LaunchConfig(ctypes.Structure):
     ]
 
 
-@pytest.fixture
-def stub(tmp_path):
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
     if reason := host_path.missing():
         pytest.skip(reason)
-    return ctypes.CDLL(str(host_path.compile_stub(tmp_path, "libstub.so")))
+    folder = tmp_path_factory.mktemp("stub")
+    return ctypes.CDLL(str(host_path.compile_stub(folder, "libstub.so")))
 
 
 def test_a_launch_that_a_driver_refuses_is_an_error(stub):
@@ -53,6 +55,61 @@ def test_a_launch_that_a_driver_refuses_is_an_error(stub):
     assert stub.cuFuncSetAttribute(module, shared_limit, 227 << 10) == 0
     assert launch(1, 1, 1, 256, 1, 1, 227 << 10) == "ok"
     assert stub.stub_launched() == 2
+
+
+BF16, WIDE_SWIZZLE = 9, 3
+GOOD_MAP = {
+    "address": 4096,
+    "sizes": (4096, 128256),
+    "strides": (8192,),
+    "box": (64, 256),
+    "steps": (1, 1),
+    "interleave": 0,
+}
+BAD_MAPS = [
+    ({"address": 0}, "not at 16 bytes"),
+    ({"address": 4104}, "not at 16 bytes"),
+    ({"address": 4112, "interleave": 2}, "not at 32 bytes"),
+    ({"sizes": (0, 5)}, "size 0 is 0"),
+    ({"strides": (8200,)}, "stride 0 is 8200 bytes"),
+    ({"strides": (8208,), "interleave": 2}, "stride 0 is 8208 bytes"),
+    ({"box": (64, 257)}, "box 1 is 257"),
+    ({"box": (4, 64)}, "the inner box has 8 bytes"),
+    ({"box": (128, 64)}, "the inner box has 256 bytes"),
+    ({"steps": (9, 1)}, "element stride 0 is 9"),
+    ({"sizes": (8,) * 6}, "rank 6"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), [({}, ""), *BAD_MAPS], ids=str)
+def test_a_tensor_map_that_a_driver_refuses_is_an_error(stub, change, reason):
+    m, text = {**GOOD_MAP, **change}, ctypes.c_char_p()
+    memory = ctypes.create_string_buffer(128 + 64)
+    aligned = ctypes.c_void_p(-(-ctypes.addressof(memory) // 64) * 64)
+    rank, wide, narrow = len(m["sizes"]), ctypes.c_uint64, ctypes.c_uint32
+    failed = stub.cuTensorMapEncodeTiled(
+        aligned,
+        BF16,
+        rank,
+        ctypes.c_void_p(m["address"]),
+        (wide * 6)(*m["sizes"]),
+        (wide * 6)(*m["strides"]),
+        (narrow * 6)(*m["box"]),
+        (narrow * 6)(*m["steps"]),
+        m["interleave"],
+        WIDE_SWIZZLE,
+        0,
+        0,
+    )
+    stub.cuGetErrorString(failed, ctypes.byref(text))
+    assert (failed != 0) == bool(change)
+    assert reason in (text.value or b"").decode()
+
+
+def test_a_null_pointer_is_an_error():
+    host_path.refuse_null("some", {"p_ids": torch.empty(4, 0), "p_x": torch.empty(3), "p_b": None})
+    with pytest.raises(ValueError, match="some: p_x: expected a tensor in memory"):
+        host_path.refuse_null("some", {"p_x": torch.empty(0, 3)})
 
 
 @pytest.mark.slow
