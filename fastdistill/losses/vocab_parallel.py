@@ -76,7 +76,9 @@ class Shard(NamedTuple):
 
         All ranks combine the same chunks, so the size may not depend on this shard or GPU.
         """
-        weight = head.weight.new_empty(1, 1, device="meta").expand(self.largest, head.weight.shape[1])
+        weight = head.weight.new_empty(1, 1, device="meta").expand(
+            self.largest, head.weight.shape[1]
+        )
         whole = head._replace(weight=weight, valid_vocab=self.largest)
         return size_of(whole, tokens, weight_grad, head.weight.device.type)
 
