@@ -126,13 +126,13 @@ def grad_rows(
     S, T, scale = ids_nS.shape[1], head.temperature, head.logit_scale
     mean = grads.mean_rest is not None and stats.mean_rest is not None
     base = grads.lse_base is not None and stats.lse_base is not None
-    g_mean, g_base = grads.mean_rest, grads.lse_base
+    g_rest, g_mean, g_base = grads.lse_rest, grads.mean_rest, grads.lse_base
     constant = {
         "p_bias": head.bias,
         "p_ids": ids_nS,
         "p_g_slots": g_nS,
         "p_lse_rest": stats.lse_rest,
-        "p_g_rest": grads.lse_rest if scale == T else grads.lse_rest * (scale / T),
+        "p_g_rest": g_rest.contiguous() if scale == T else g_rest * (scale / T),
         "p_mean_rest": stats.mean_rest if mean else None,
         "p_g_mean": g_mean * (scale / T) if mean and g_mean is not None else None,
         "p_lse_base": stats.lse_base if base else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.backends import get_backend
 from ..kernels.divergences import COMBINED, NAMES, floor_of, minimum_of
 from ..kernels.head import LMHead
-from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK
+from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK, merge_answers
 from ..runtime import checks, tensor_checks
 from .checks import check_head, check_labels, check_vocabulary
 from .types import TopK
@@ -98,9 +98,9 @@ def to_teacher_rows(
     floor = floor_of(dtype)
     lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
     lp = lp.clamp(min=floor, max=0.0).masked_fill_(ids < 0, floor)
-    # torch.compile traces operators of PyTorch, and fuses them.
-    impl = "torch" if torch.compiler.is_compiling() else options.impl
-    ids, lp, mass = get_backend(impl).merge_answers(ids, lp)
+    is_traced = torch.compiler.is_compiling()  # it fuses PyTorch's operators
+    merge = merge_answers if is_traced else get_backend(options.impl).merge_answers
+    ids, lp, mass = merge(ids, lp)
     log_tail = teacher.tail().detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
     if mask_N is not None:
         log_tail = torch.where(mask_N, log_tail, 0.0)
