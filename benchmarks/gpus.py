@@ -43,6 +43,22 @@ H200 = GPU(
 GPUS = {gpu.name: gpu for gpu in (H200,)}
 
 
+LAUNCHES = {
+    "triton_reduce:reduce_rows": 20.9e-6,
+    "triton_topk:reduce_groups": 13.4e-6,
+    "triton_token_loss:token_loss": 28.2e-6,
+    "triton_token_loss:merge_slots": 12.4e-6,
+    "triton_grad:grad_rows": 18.4e-6,
+    "triton_grad:scale_in_place": 10.2e-6,
+    "triton_dense:sum_divergence": 16.6e-6,
+    "triton_dense:grad_divergence": 21.4e-6,
+    "triton_gather:gather_rows": 13.5e-6,
+    "triton_gather:scatter_hidden": 13.8e-6,
+    "triton_gather:sum_parts": 11.8e-6,
+    "triton_gather:sum_runs": 14.9e-6,
+}
+
+
 @dataclass(frozen=True)
 class Host:
     """Seconds of Python and C++ on the host for one call of each kind.
@@ -64,18 +80,4 @@ class Host:
     view: float = 1.5e-6
 
 
-LAUNCHES = {
-    "triton_reduce:reduce_rows": 20.9e-6,
-    "triton_topk:reduce_groups": 13.4e-6,
-    "triton_token_loss:token_loss": 28.2e-6,
-    "triton_token_loss:merge_slots": 12.4e-6,
-    "triton_grad:grad_rows": 18.4e-6,
-    "triton_grad:scale_in_place": 10.2e-6,
-    "triton_dense:sum_divergence": 16.6e-6,
-    "triton_dense:grad_divergence": 21.4e-6,
-    "triton_gather:gather_rows": 13.5e-6,
-    "triton_gather:scatter_hidden": 13.8e-6,
-    "triton_gather:sum_parts": 11.8e-6,
-    "triton_gather:sum_runs": 14.9e-6,
-}
 HOST = Host()
