@@ -21,7 +21,7 @@ GEMMS = ("filtered_hidden", "filtered_weight")
 # bytes, at most so many barriers, and matrix instructions of at least so many columns.
 FACTS = {
     "expand": {"barriers": 1},
-    "finish_topk": {"barriers": 20},
+    "finish_topk": {"barriers": 15},
     "filtered_hidden": {"loads": 32, "stores": 16, "barriers": 6, "columns": 128},
     "filtered_weight": {"loads": 32, "stores": 8, "barriers": 10, "columns": 128},
     "gather_rows": {"barriers": 7},
