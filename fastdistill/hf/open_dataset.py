@@ -73,7 +73,8 @@ def _is_json_list(path: Path) -> bool:
 
 def _json_list(path: Path, name: str) -> list[Line]:
     rows = []
-    for number, row in enumerate(parse_json(path.read_bytes(), name, list, unique=True), 1):
+    place = f"{name}: {printable(path)}"
+    for number, row in enumerate(parse_json(path.read_bytes(), place, list, unique=True), 1):
         if not isinstance(row, dict):
             fail(name, f"JSON objects in {printable(path)}", f"{type(row).__name__} as {number}")
         rows.append(Line(row))

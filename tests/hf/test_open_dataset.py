@@ -88,6 +88,29 @@ def test_the_same_rows_give_the_same_weights(sources, tmp_path):
         assert torch.allclose(trained[0], other, atol=1e-6)
 
 
+def refusal(file):
+    """Why a file is refused; its name if it is read."""
+    try:
+        rows = open_dataset(file)
+        assert all(isinstance(rows[i], dict) for i in range(len(rows)))
+    except ValueError as error:
+        return str(error)
+    return file.name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of datasets, after its own error
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json", "jsonl"])
+def test_a_damaged_file_is_read_or_refused_by_its_name(sources, tmp_path, kind):
+    data = sources[kind].read_bytes()
+    for at in range(0, len(data), max(1, len(data) // 12)):
+        for part in (b"", bytes([data[at] ^ 0x81]) + data[at + 1 :]):
+            file = tmp_path / f"{at}-{len(part)}.{kind}"
+            file.write_bytes(data[:at] + part)
+            assert file.name in refusal(file)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -18,11 +18,18 @@ from fastdistill.quant.formats.detect import (
 )
 from fastdistill.quant.formats.tensor_files import Expanded
 from helpers.gguf_writer import write as write_gguf
-from helpers.peer_formats import fp4, fp8, integers, settings
+from helpers.peer_formats import fp4, fp8, fp8_blocks, integers, settings
 from helpers.stored import golden, int4, nested_weight, read_all, store, store_own, values
 
 W = "model.layers.0.mlp.up_proj.weight"
-KINDS = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4", "fastdistill", "gguf")
+KINDS = (
+    *("bitsandbytes", "gptq", "gptq of 8 bits", "awq", "compressed-tensors", "fp8", "mxfp4"),
+    *("torchao", "fastdistill", "gguf", "gguf of all types"),
+)
+# Of single experts: the rows of ffn_down are as long as a block of the K types.
+TYPES = {f"ffn_down.{i}": kind for i, kind in enumerate(("Q2_K", "Q3_K", "Q4_K", "Q6_K"))}
+TYPES |= {"ffn_gate.0": "Q5_0", "ffn_gate.1": "Q5_1", "ffn_gate.2": "Q8_0", "ffn_up.0": "MXFP4"}
+TYPES |= {"ffn_up.1": "Q4_1", "attn_q": "F16", "attn_k": "BF16"}
 
 
 def checkpoint_of(kind, folder):
@@ -31,11 +38,17 @@ def checkpoint_of(kind, folder):
     if kind == "gguf":
         write_gguf(folder / "tiny.gguf", num_hidden_layers=1)
         return folder / "tiny.gguf", folder / "tiny.gguf"
+    if kind == "gguf of all types":
+        sizes = {"num_hidden_layers": 1, "intermediate_size": 256}
+        options = {"single_experts": True, "kinds": TYPES, **sizes}
+        write_gguf(folder / "tiny.gguf", "mixtral", "Q4_0", **options)
+        return folder / "tiny.gguf", folder / "tiny.gguf"
     if kind == "fastdistill":
         nested = nested_weight(folder / "source")
         store_own(folder, {W: int4(perm=torch.randperm(32)), "lm_head.weight": nested})
     elif kind == "compressed-tensors":
         groups = (integers(4, 6, 32, 16, False), fp8(6, 9, "channel"), fp4(4, 16, "nvfp4"))
+        groups += (fp4(2, 32, "mxfp4"), integers(8, 3, 8, 8, written="plain"))
         config = settings(None, "mixed-precision")
         config["config_groups"] = {str(i): {"weights": group[1]} for i, group in enumerate(groups)}
         parts = [
@@ -48,6 +61,20 @@ def checkpoint_of(kind, folder):
             "x_scales": torch.ones(2, 2, 1).byte(),
         }
         store(folder, tensors, {"quant_method": kind})
+    elif kind == "fp8":
+        tensors, _ = fp8_blocks(130, 9)
+        named = {f"x.{part}": tensor for part, tensor in tensors.items()}
+        store(folder, named, {"quant_method": kind, "weight_block_size": [128, 128]})
+    elif kind == "torchao":
+        store(folder, *torchao_tensors())
+    elif kind == "gptq of 8 bits":
+        parts8 = {"qweight": (8, 4), "qzeros": (2, 1)}
+        tensors = {
+            f"x.{part}": torch.full(shape, 0x7F7F7F7F, dtype=torch.int32)
+            for part, shape in parts8.items()
+        }
+        tensors["x.scales"] = torch.ones(2, 4).half()
+        store(folder, tensors, {"quant_method": "gptq", "bits": 8, "group_size": 16})
     elif kind == "bitsandbytes":
         tensors = golden("bitsandbytes")["nf4_nested"]["tensors"]
         store(folder, tensors, {"quant_method": kind, "load_in_4bit": True})
@@ -55,6 +82,27 @@ def checkpoint_of(kind, folder):
         tensors = golden("gptq_awq")["gptq_act_order" if kind == "gptq" else "awq"]["tensors"]
         store(folder, tensors, {"quant_method": kind, "bits": 4, "group_size": 32})
     return folder, folder / "model.safetensors"
+
+
+def torchao_tensors():
+    """(tensors of four types, config, metadata)"""
+    layers = {
+        "Int8Tensor": {"qdata": torch.ones(4, 8).char(), "zero_point": torch.ones(4, 2).char()},
+        "Float8Tensor": {"qdata": torch.ones(4, 8).to(torch.float8_e4m3fn)},
+        "Int4Tensor": {"qdata": torch.ones(4, 4).char(), "scale": torch.ones(2, 4)},
+        "Int4TilePackedTo4dTensor": {
+            "qdata": torch.ones(1, 1, 32, 4).int(),
+            "scale_and_zero": torch.ones(2, 8, 2).bfloat16(),
+        },
+    }
+    layers["Int4Tensor"]["zero_point"] = torch.ones(2, 4)
+    tensors, metadata = {}, {"format": "pt"}
+    for kind, parts in layers.items():
+        parts = parts if "scale_and_zero" in parts else {"scale": torch.ones(4, 2)} | parts
+        tensors |= {f"{kind}._weight_{part}": tensor for part, tensor in parts.items()}
+        data = {"block_size": [1, 4], "shape": [4, 8]}
+        metadata[f"{kind}.weight"] = json.dumps({"_type": kind, "_data": data})
+    return tensors, {"quant_method": "torchao", "quant_type": "int4"}, metadata
 
 
 def survives(path):
@@ -90,14 +138,14 @@ def test_truncated_anywhere(tmp_path, kind):
 def test_flipped_anywhere_in_the_header(tmp_path, kind, bit):
     checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
     data = file.read_bytes()
-    header = 3000 if kind == "gguf" else 8 + int.from_bytes(data[:8], "little")
+    header = 3000 if "gguf" in kind else 8 + int.from_bytes(data[:8], "little")
     for at in {*range(32), *range(32, header, max(1, header // 250))}:
         file.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
         survives(checkpoint)
 
 
 @pytest.mark.fast_cases(4)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gguf"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "gguf" not in kind])
 def test_flipped_anywhere_in_the_config_or_the_values(tmp_path, kind):
     checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
     for damaged in (checkpoint / "config.json", file):
