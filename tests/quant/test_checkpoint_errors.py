@@ -47,8 +47,8 @@ def checkpoint_of(kind, folder):
         nested = nested_weight(folder / "source")
         store_own(folder, {W: int4(perm=torch.randperm(32)), "lm_head.weight": nested})
     elif kind == "compressed-tensors":
-        groups = (integers(4, 6, 32, 16, False), fp8(6, 9, "channel"), fp4(4, 16, "nvfp4"))
-        groups += (fp4(2, 32, "mxfp4"), integers(8, 3, 8, 8, written="plain"))
+        groups = [integers(4, 6, 32, 16, False), fp8(6, 9, "channel"), fp4(4, 16, "nvfp4")]
+        groups += [fp4(2, 32, "mxfp4"), integers(8, 3, 8, 8, written="plain")]
         config = settings(None, "mixed-precision")
         config["config_groups"] = {str(i): {"weights": group[1]} for i, group in enumerate(groups)}
         parts = [
@@ -96,7 +96,8 @@ def torchao_tensors():
         },
     }
     layers["Int4Tensor"]["zero_point"] = torch.ones(2, 4)
-    tensors, metadata = {}, {"format": "pt"}
+    tensors: dict[str, torch.Tensor] = {}
+    metadata = {"format": "pt"}
     for kind, parts in layers.items():
         parts = parts if "scale_and_zero" in parts else {"scale": torch.ones(4, 2)} | parts
         tensors |= {f"{kind}._weight_{part}": tensor for part, tensor in parts.items()}
