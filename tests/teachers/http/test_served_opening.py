@@ -23,6 +23,7 @@ ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b[2J‮\ud800"
 # A listing as each program writes it, the fields that matter here.
 LLAMACPP = {"id": "models/a.Q4_1.gguf", "owned_by": "llamacpp", "meta": {"n_vocab": 49152}}
 PROXY = {"id": "gpt-x", "owned_by": "openai"}
+SGLANG = {"id": "m", "owned_by": "sglang", "root": "m", "parent": None, "max_model_len": 512}
 
 
 @contextmanager
@@ -68,6 +69,7 @@ def refused(message, status=400):
 CHAT = {"choices": [{"index": 0, "text": ".", "logprobs": None, "finish_reason": "length"}]}
 WITHOUT = {
     "llama.cpp ignores it": (LLAMACPP, 200, CHAT, "serve --teacher MODEL.gguf, which reads the sa"),
+    "SGLang ignores it": (SGLANG, 200, CHAT, "owned by 'sglang'.* does not give log-probabilities"),
     "a proxy drops it": (PROXY, 200, CHAT, "owned by 'openai'.*with vLLM, or with fastdistill"),
     "a proxy refuses it": (
         PROXY,
