@@ -112,8 +112,10 @@ def as_on_a_gpu() -> None:
     """Chunks of a GPU, every call to Triton, no products; PyTorch's CUDA calls do nothing."""
     from fastdistill.kernels import gpu_launch, head
     from fastdistill.kernels.backends import get_backend
+    from fastdistill.losses import checks
     from fastdistill.runtime import backend
 
+    vars(checks)["values_readable"] = lambda tensor, check: check  # as on a GPU
     get_backend("triton")
     products = {gpu_launch.product, gpu_launch.add_product}
     launch = gpu_launch.launch
