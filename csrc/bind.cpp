@@ -249,10 +249,10 @@ void sum_columns(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, int
 }
 
 void softmax_columns(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, int64_t stride,
-                     float inv_T, uintptr_t lse, uintptr_t factor) {
+                     float inv_T, float inv_cap, uintptr_t lse, uintptr_t factor) {
   const auto& kernels = kernels_of(isa, threads);
   check(rows >= 0 && n >= 0 && stride >= n, "softmax_columns needs rows, n >= 0 and stride >= n");
-  kernels.softmax_columns(threads, at<float>(u), rows, n, stride, inv_T, at<float>(lse),
+  kernels.softmax_columns(threads, at<float>(u), rows, n, stride, inv_T, inv_cap, at<float>(lse),
                           at<float>(factor));
 }
 
@@ -344,8 +344,8 @@ PYBIND11_MODULE(_ext, m) {
       "top [n] = max(top, z) and sums [moments + 1, n] of e^(z - top) (z - top)^i over the rows of "
       "z = u * inv_T.",
       "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "moments"_a, "top"_a, "sums"_a);
-  def("softmax_columns", &softmax_columns, "u [rows, n] = e^(u * inv_T - lse) * factor in place.",
-      "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "lse"_a, "factor"_a);
+  def("softmax_columns", &softmax_columns, "u [rows, n] = e^(u * inv_T - lse) * factor * (1 - (u * inv_cap)^2) in place.",
+      "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "inv_cap"_a, "lse"_a, "factor"_a);
   m.def("has_bf16_gemm", &has_bf16_gemm, "Whether an instruction set multiplies bf16 operands; -1 is the model of AMX's tiles.",
         "isa"_a);
   def("bf16_scratch", &bf16_scratch, "Bytes of scratch memory of bf16_gemm, aligned to 64.", "N"_a,

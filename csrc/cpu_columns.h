@@ -75,15 +75,19 @@ inline void sum_columns(int threads, const float* u, int64_t rows, int64_t n, in
   sum_columns_of<2>(threads, u, rows, n, stride, inv_T, top, sums);
 }
 
-// u = e^(u * inv_T - lse) * factor in place; lse and factor are of the columns.
+// u = e^(u * inv_T - lse) * factor * (1 - (u * inv_cap)^2) in place; lse and factor are of the
+// columns.
 inline void softmax_columns(int threads, float* u, int64_t rows, int64_t n, int64_t stride,
-                            float inv_T, const float* lse, const float* factor) {
+                            float inv_T, float inv_cap, const float* lse, const float* factor) {
   each_column_vector(threads, n, [&](int64_t c, int64_t lanes) {
     const F32 scale = splat(inv_T), shift = load_upto(lse + c, lanes);
-    const F32 times = load_upto(factor + c, lanes);
+    const F32 times = load_upto(factor + c, lanes), over = splat(inv_cap), one = splat(1.0f);
     for (int64_t row = 0; row < rows; ++row) {
       float* const at = u + row * stride + c;
-      store_upto(at, exp_nonpositive(load_upto(at, lanes) * scale - shift) * times, lanes);
+      const F32 x = load_upto(at, lanes);
+      F32 y = exp_nonpositive(x * scale - shift) * times;
+      if (inv_cap != 0) y = y * (one - (x * over) * (x * over));
+      store_upto(at, y, lanes);
     }
   });
 }

@@ -70,9 +70,9 @@ struct Kernels {
   // sums[i][c] = sum of e^(z - top) (z - top)^i; moments at most 2.
   void (*sum_columns)(int threads, const float* u, int64_t rows, int64_t n, int64_t stride,
                       float inv_T, int moments, float* top, float* sums);
-  // u = e^(u * inv_T - lse) * factor in place, lse and factor [n].
+  // u = e^(u * inv_T - lse) * factor * (1 - (u * inv_cap)^2) in place, lse and factor [n].
   void (*softmax_columns)(int threads, float* u, int64_t rows, int64_t n, int64_t stride,
-                          float inv_T, const float* lse, const float* factor);
+                          float inv_T, float inv_cap, const float* lse, const float* factor);
   double (*peak)(int threads, int64_t repeats);  // operations done, all in registers; or null
   ProductKernels bf16;  // null without instructions for it
 };

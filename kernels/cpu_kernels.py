@@ -39,17 +39,25 @@ class SumColumns(Protocol):
 
 
 class SoftmaxColumns(Protocol):
-    """u = e^{u / T − lse} · factor in place; u: [v, n], lse and factor: [n]."""
+    """u = e^{u / T − lse} · factor · (1 − (u / softcap)²) in place; u: [v, n], others [n].
 
-    def __call__(self, u: Tensor, lse: Tensor, factor: Tensor, *, temperature: float) -> None: ...
+    The last factor is left out without a softcap.
+    """
+
+    def __call__(
+        self, u: Tensor, lse: Tensor, factor: Tensor, *, temperature: float, softcap: float | None
+    ) -> None: ...
 
 
 class CPUKernels(NamedTuple):
-    """All in fp32; product is None on a CPU without instructions for bfloat16."""
+    """All in fp32. `new_product` is None on a CPU without instructions for bfloat16.
+
+    The calls of a product share memory, which lives as long as the product.
+    """
 
     sum_columns: SumColumns
     softmax_columns: SoftmaxColumns
-    product: Product | None
+    new_product: Callable[[], Product] | None
 
 
 def _none() -> CPUKernels | None:

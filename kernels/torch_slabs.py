@@ -28,6 +28,7 @@ from .topk import TopRows
 
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data center GPU
 SLAB_ROWS = (64, 4096)
+ON_CPU = ("cpu", "meta")  # devices of the compiled kernels; on meta they only allocate
 # The top k of long rows costs less per logit: 8192 logits of 512 tokens at a time.
 ROW_BYTES, ROW_TOKENS = 16 << 20, 512
 
@@ -51,7 +52,8 @@ class Matmul:
         self.native = head.weight.dtype == head.dtype
         self.mixed = not self.native and hidden_nH.is_cuda
         kernels = cpu_kernels() if _multiplies_on_cpu(head, hidden_nH) else None
-        self.product = None if kernels is None else kernels.product
+        new_product = None if kernels is None else kernels.new_product
+        self.product = None if new_product is None else new_product()
         self._scratch: Tensor | None = None
         self._slab: tuple[int, int] | None = None
         as_is = self.native or self.mixed or self.product is not None
@@ -157,7 +159,7 @@ def _multiplies_on_cpu(head: LMHead, hidden_nH: Tensor) -> bool:
     """Whether these operands are what the product of `cpu_kernels` takes."""
     both = (head.weight, hidden_nH)
     return not head.is_packed and all(
-        t.device.type == "cpu" and t.dtype == torch.bfloat16 and 1 in t.stride() for t in both
+        t.device.type in ON_CPU and t.dtype == torch.bfloat16 and 1 in t.stride() for t in both
     )
 
 
@@ -251,7 +253,7 @@ def scan(
 
 def _kernels_of(u_vn: Tensor) -> CPUKernels | None:
     """The compiled kernels for a slab, or None."""
-    fits = u_vn.device.type == "cpu" and u_vn.dtype == torch.float32 and u_vn.stride(1) == 1
+    fits = u_vn.device.type in ON_CPU and u_vn.dtype == torch.float32 and u_vn.stride(1) == 1
     return cpu_kernels() if fits else None
 
 
@@ -302,8 +304,9 @@ def grad_slab_(
     """
     T, scale = head.temperature, head.logit_scale
     kernels = _kernels_of(u_vn)
-    if kernels is not None and g_mean_n is None and g_base_n is None and head.softcap is None:
-        kernels.softmax_columns(u_vn, stats.lse_rest, g_rest_n * (scale / T), temperature=T)
+    if kernels is not None and g_mean_n is None and g_base_n is None:
+        factor = g_rest_n * (scale / T)
+        kernels.softmax_columns(u_vn, stats.lse_rest, factor, temperature=T, softcap=head.softcap)
         return u_vn
     q1 = None
     if g_base_n is not None and stats.lse_base is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ..runtime import backend
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGN = 64
-_memory = threading.local()  # pages of new memory cost as much as a tenth of a product
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -23,14 +21,25 @@ def _call(name: str, *arguments: Any) -> Any:
     return getattr(ext, name)(backend.cpu_isa(), torch.get_num_threads(), *arguments)
 
 
-def product(
-    a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, remainder: bool = False
+class ProductOnCPU:
+    """out = (add: +=) a @ b by an operator, with memory that its calls share."""
+
+    def __init__(self) -> None:
+        self._scratch: Tensor | None = None
+
+    def __call__(
+        self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, remainder: bool = False
+    ) -> None:
+        size = _call("bf16_scratch", b.shape[1], a.shape[1]) + _ALIGN
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None
+            self._scratch = a.new_empty(size, dtype=torch.uint8)
+        torch.ops.fastdistill.bf16_product(a, b, out, self._scratch, add, remainder)
+
+
+def _product(
+    a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, add: bool, remainder: bool
 ) -> None:
-    """Compute out = (add: +=) a @ b by an operator, which profilers and counters see."""
-    torch.ops.fastdistill.bf16_product(a, b, out, add, remainder)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool, remainder: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     if not k and not add:
         out.zero_()
@@ -51,16 +60,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool, remainder: bool) -> N
         k,
         remainder,
         add,
-        _scratch(_call("bf16_scratch", n, k) + _ALIGN),
+        -(-scratch.data_ptr() // _ALIGN) * _ALIGN,
     )
-
-
-def _scratch(size: int) -> int:
-    """The aligned address of `size` bytes that the next call of this thread uses again."""
-    held: Tensor | None = getattr(_memory, "held", None)
-    if held is None or held.numel() < size:
-        _memory.held = held = torch.empty(size, dtype=torch.uint8)
-    return -(-held.data_ptr() // _ALIGN) * _ALIGN
 
 
 def sum_columns(
@@ -69,15 +70,21 @@ def sum_columns(
     """Return the new maximum and the sums of each column."""
     rows, n = u.shape
     top, sums = top.clone(), top.new_empty(moments + 1, n)
+    if u.is_meta:
+        return top, list(sums)
     addresses = (top.data_ptr(), sums.data_ptr())
     _call("sum_columns", u.data_ptr(), rows, n, u.stride(0), 1 / temperature, moments, *addresses)
     return top, list(sums)
 
 
-def softmax_columns(u: Tensor, lse: Tensor, factor: Tensor, *, temperature: float) -> None:
-    """Compute u = e^{u / T − lse} · factor in place."""
+def softmax_columns(
+    u: Tensor, lse: Tensor, factor: Tensor, *, temperature: float, softcap: float | None
+) -> None:
+    """Compute u = e^{u / T − lse} · factor · (1 − (u / softcap)²) in place."""
     rows, n = u.shape
     addresses = (lse.contiguous(), factor.contiguous())
+    if u.is_meta:
+        return
     _call(
         "softmax_columns",
         u.data_ptr(),
@@ -85,6 +92,7 @@ def softmax_columns(u: Tensor, lse: Tensor, factor: Tensor, *, temperature: floa
         n,
         u.stride(0),
         1 / temperature,
+        0.0 if softcap is None else 1 / softcap,
         *(t.data_ptr() for t in addresses),
     )
 
@@ -118,7 +126,7 @@ def available() -> CPUKernels | None:
     if ext is None:
         return None
     has_product = ext.has_bf16_gemm(backend.cpu_isa())
-    return CPUKernels(sum_columns, softmax_columns, product if has_product else None)
+    return CPUKernels(sum_columns, softmax_columns, ProductOnCPU if has_product else None)
 
 
 @functools.cache  # once in a process
@@ -126,7 +134,9 @@ def register() -> None:
     """Let the losses use the C++ kernels."""
     library.impl("row_topk", row_topk, "CPU")
     library.define(
-        "bf16_product(Tensor a, Tensor b, Tensor(a!) out, bool add, bool remainder) -> ()"
+        "bf16_product(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add, "
+        "bool remainder) -> ()"
     )
     library.impl("bf16_product", _product, "CPU")
+    library.impl("bf16_product", lambda *operands: None, "Meta")
     provide(available)

@@ -112,6 +112,7 @@ def softmax_columns(
     n: int,
     stride: int,
     inv_T: float,
+    inv_cap: float,  # 0 without softcap
     lse: int,  # fp32 [n]
     factor: int,  # fp32 [n]
 ) -> None: ...

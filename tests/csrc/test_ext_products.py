@@ -57,16 +57,16 @@ def test_a_product_sums_in_fp32(use, isa, size, by_columns):
         for threads in (1, 3):
             use(isa, threads)
             outs.append(start.clone())
-            compiled.product(a, b, outs[-1], add=True)
+            compiled.ProductOnCPU()(a, b, outs[-1], add=True)
         assert torch.equal(outs[0], outs[1])
         assert relative(outs[0], exact) < 1e-6
         written = torch.full_like(start, torch.nan)
-        compiled.product(a, b, written)
+        compiled.ProductOnCPU()(a, b, written)
         assert relative(written, exact - start.double()) < 1e-6
         rounded = start.bfloat16()
-        compiled.product(a, b, rounded, add=True)
+        compiled.ProductOnCPU()(a, b, rounded, add=True)
         assert relative(rounded, exact) < 3e-3
-        compiled.product(a, b, outs[0], add=True, remainder=True)
+        compiled.ProductOnCPU()(a, b, outs[0], add=True, remainder=True)
         assert relative(outs[0], start.double() + a.double() @ b.double()) < 1e-5
 
 
@@ -79,7 +79,7 @@ def test_instructions_give_the_bits_of_the_portable_product(use):
     for isa in (PRODUCTS[1], PRODUCTS[2]):
         use(isa)
         outs.append(torch.zeros(29, 47))
-        compiled.product(a, b, outs[-1])
+        compiled.ProductOnCPU()(a, b, outs[-1])
     assert torch.allclose(outs[0], outs[1], rtol=0, atol=0, equal_nan=True)
     assert (outs[0][0].nan_to_num() == 0).all()
 
@@ -99,18 +99,20 @@ def test_the_order_of_a_sum(use):
     ):
         use(isa)
         out = torch.zeros(1, 1)
-        compiled.product(row.bfloat16(), b, out)
+        compiled.ProductOnCPU()(row.bfloat16(), b, out)
         assert out.item() == expected
 
 
 def test_a_product_of_nothing(use):
     use(PRODUCTS[0])
     out = torch.ones(3, 4)
-    compiled.product(torch.empty(3, 0).bfloat16(), torch.empty(0, 4).bfloat16(), out, add=True)
+    compiled.ProductOnCPU()(
+        torch.empty(3, 0).bfloat16(), torch.empty(0, 4).bfloat16(), out, add=True
+    )
     assert (out == 1).all()
-    compiled.product(torch.empty(3, 0).bfloat16(), torch.empty(0, 4).bfloat16(), out)
+    compiled.ProductOnCPU()(torch.empty(3, 0).bfloat16(), torch.empty(0, 4).bfloat16(), out)
     assert (out == 0).all()
-    compiled.product(torch.empty(0, 5).bfloat16(), torch.empty(5, 4).bfloat16(), out[:0])
+    compiled.ProductOnCPU()(torch.empty(0, 5).bfloat16(), torch.empty(5, 4).bfloat16(), out[:0])
 
 
 def test_a_bad_call_is_refused():
@@ -154,8 +156,10 @@ def test_softmax_of_columns(use, isa):
     lse, factor = (u.double() / T).logsumexp(0), torch.randn(37)
     exact = (u.double() / T - lse).exp() * factor.double()
     use(isa)
-    compiled.softmax_columns(u, lse.float(), factor, temperature=T)
-    assert relative(u, exact) < 3e-6
+    for softcap in (None, 90.0):
+        out = u.clone()
+        compiled.softmax_columns(out, lse.float(), factor, temperature=T, softcap=softcap)
+        assert relative(out, exact if softcap is None else exact * (1 - (u / 90.0) ** 2)) < 3e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
