@@ -1,4 +1,4 @@
-"""A plugin of axolotl that distills from one of our teachers, on axolotl's datasets and models.
+"""A plugin for axolotl that trains its model on the answers of a teacher.
 
     plugins:
       - fastdistill.compat.axolotl_plugin.DistillPlugin
@@ -6,8 +6,8 @@
       teacher: path/of/teacher  # a checkpoint, .gguf file, cache or URL, as in load_teacher
       k: 64
 
-The loss replaces axolotl's cross entropy at the same targets. It is computed at the input of the
-LM head, without logits. Rows that axolotl packs are given to the teacher one sequence at a time.
+The loss replaces axolotl's cross-entropy, at the same targets. It is computed at the input of the
+LM head, without logits. The teacher reads each sequence of a packed row by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .packed_rows import sequences_of
 
 _axolotl: Any = require("axolotl.integrations.base", "fastdistill.compat.axolotl_plugin")
 
-# The options of `fastdistill:` in the YAML: of load_teacher, and fields of DistillConfig.
+# The options of `fastdistill:` in the YAML: arguments of load_teacher, and fields of DistillConfig.
 _TEACHER = ("teacher", "quant")
 _LOSS = (
     *("k", "support", "divergence", "beta", "skew", "tail", "allow_biased", "temperature"),
@@ -44,7 +44,7 @@ _OTHER_LOSSES = (
 
 
 class DistillArgs(BaseModel):
-    """The key that the plugin adds to axolotl's configuration."""
+    """The schema of the key that the plugin adds to axolotl's configuration."""
 
     fastdistill: dict[str, Any] | None = None
 
@@ -55,12 +55,15 @@ class DistillPlugin(_axolotl.BasePlugin):
     def register(self, cfg: Mapping[str, Any]) -> None:
         options = cfg.get("fastdistill")
         if not options or not options.get("teacher"):
-            fail("fastdistill", "a mapping with teacher in the YAML", repr(options))
+            hint = "name a checkpoint, .gguf file, cache or URL as fastdistill.teacher"
+            fail("fastdistill", "a mapping with teacher in the YAML", repr(options), hint)
         if unknown := sorted(options.keys() - {*_TEACHER, *_LOSS}):
-            fail("fastdistill", f"options among {', '.join(_TEACHER + _LOSS)}", unknown[0])
+            hint = "correct the name, or remove the option"
+            fail("fastdistill", f"options among {', '.join(_TEACHER + _LOSS)}", unknown[0], hint)
         for name in _OTHER_LOSSES:
             if cfg.get(name):
-                fail(name, "none with fastdistill.compat.axolotl_plugin", repr(cfg.get(name)))
+                expected = "none with fastdistill.compat.axolotl_plugin"
+                fail(name, expected, repr(cfg.get(name)), "remove it from the YAML")
         if (cfg.get("context_parallel_size") or 1) > 1:
             fail("context_parallel_size", "1, with whole rows", cfg.get("context_parallel_size"))
 
@@ -72,7 +75,8 @@ class DistillPlugin(_axolotl.BasePlugin):
         return type("AxolotlDistillTrainer", (_TrainsOnTeacher, base), {})
 
     def pre_model_load(self, cfg: Any) -> None:
-        # Before axolotl makes its own arguments: each resets the state of accelerate.
+        # It comes before axolotl's own training arguments, because each object of them resets the
+        # state of accelerate.
         options = {name: value for name, value in cfg.fastdistill.items() if name in _LOSS}
         self.config = DistillConfig(output_dir=cfg.output_dir, **options)
 
@@ -82,14 +86,16 @@ class DistillPlugin(_axolotl.BasePlugin):
             options["teacher"], quant=options.get("quant"), device=trainer.args.device
         )
         if getattr(trainer.model.config, "output_router_logits", False):
-            fail("output_router_logits", "False, since the loss is computed at the head", True)
+            hint = "set it to False: the plugin does not add the router's loss"
+            expected = "False, since the loss is computed at the head"
+            fail("output_router_logits", expected, True, hint)
         resolved = resolve_teacher(teacher, trainer.model, self.config, trainer.processing_class)
         trainer.distillation = (*resolved, Loss(self.config, self.config.selection))
         trainer.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch
 
 
 class _TrainsOnTeacher:
-    """The part of the trainer that is ours; `distillation` is set by the plugin."""
+    """A mixin for axolotl's trainer, with our loss; the plugin sets `distillation`."""
 
     distillation: tuple[Any, int | None, Loss]
     accelerator: Any

@@ -1,7 +1,7 @@
-"""The sparse losses where a framework hands over the student's logits instead of hidden states.
+"""The sparse losses for frameworks that pass the student's logits instead of hidden states.
 
-The logits are read once per pass in chunks, in fp32. Nothing of the size [N, V] is stored except
-their gradient.
+Each pass reads the logits once, in chunks, in fp32. The only tensor [N, V] that it stores is their
+gradient.
 
 Letters: N tokens, V vocabulary, K teacher slots.
 """
@@ -63,9 +63,10 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 
 
 def topk_loss_of_logits(logits: Tensor, teacher: TopK, divergence: str) -> LossOfLogits:
-    """Return D(p, q) per position, with a tail outcome, from the logits of the student.
+    """Return D(p, q) per position over K + 1 outcomes, from the logits of the student.
 
-        p: the teacher on its K ids and its tail;  q = softmax(logits), on the same K+1 outcomes
+        p: the teacher's probabilities of its K ids, and of all other tokens as one outcome
+        q = softmax(logits), on the same K + 1 outcomes
 
     Args:
         logits: [..., V], float16, bfloat16, float32 or float64.
@@ -74,7 +75,10 @@ def topk_loss_of_logits(logits: Tensor, teacher: TopK, divergence: str) -> LossO
         divergence: "forward_kl" KL(p‖q), "reverse_kl" KL(q‖p), or another of `topk_distill`.
 
     Returns:
-        LossOfLogits, [...] each in fp32 (fp64 from fp64).
+        LossOfLogits, each [...] in fp32 (fp64 from fp64).
+
+    Raises:
+        ValueError or TypeError that names the argument.
 
     Example:
         >>> logits = torch.randn(1, 5, 100, requires_grad=True)
@@ -85,7 +89,7 @@ def topk_loss_of_logits(logits: Tensor, teacher: TopK, divergence: str) -> LossO
     options = LossOptions(divergence)
     rows = to_teacher_rows(teacher, options, torch.promote_types(logits.dtype, torch.float32))
     empty = rows.teacher.ids < 0
-    # An empty slot reads the logit of another id of its row, so that it excludes no further one.
+    # An empty slot gets an id that its row has, so that no other logit is left out of the rest.
     ids_NK = torch.where(empty, rows.teacher.ids.amax(-1, keepdim=True), rows.teacher.ids)
     z_NK, rest_N = _GatherFromLogits.apply(  # type: ignore[no-untyped-call]
         logits.flatten(0, -2), ids_NK

@@ -15,12 +15,13 @@ def sequences_of(inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str
     """Return the sequences of packed rows as a padded batch, and their positions in the rows.
 
     Args:
-        inputs: input_ids [B, T]; position_ids [B, T], which are 0 where a sequence begins, or none:
-            each row is one; attention_mask [B, T], 0 at padding, or none.
+        inputs: input_ids [B, T]. position_ids [B, T], 0 where a sequence begins; without them, each
+            row is one sequence. attention_mask [B, T], 0 at padding; without it, there is none.
         labels: [B, T], −100 where nothing is trained. Sequences without a target are left out.
 
     Returns:
-        input_ids, attention_mask and labels [S, L] of S sequences; indices [S, L] in [B · T].
+        input_ids, attention_mask and labels [S, L] of S sequences, and [S, L], the index of each of
+        their tokens in the flattened rows [B · T].
     """
     ids, places = inputs["input_ids"], inputs.get("position_ids")
     starts = torch.zeros_like(ids, dtype=torch.bool) if places is None else places == 0
@@ -30,7 +31,7 @@ def sequences_of(inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str
     sequence = starts.flatten().cumsum(0) - 1
     used = torch.zeros_like(starts_at, dtype=torch.bool)
     used[sequence[((labels != IGNORE_INDEX) & ~starts).flatten()]] = True
-    used[0] = True  # of a batch without targets too, one sequence is read
+    used[0] = True  # so that a batch without targets has a sequence
 
     def padded(values: Tensor, filler: int) -> Tensor:
         parts = values.flatten().split(lengths)

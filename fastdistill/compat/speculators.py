@@ -1,13 +1,14 @@
-"""The training losses of speculators: `from fastdistill.compat import speculators as losses`.
+"""The training losses of speculators, computed from hidden states and LM heads.
+
+    from fastdistill.compat import speculators as losses
 
     p = softmax(targets), q = softmax(logits), α = Σ min(p, q)      per position, [B, T]
 
-speculators' functions take logits [B, T, V] of the draft and of the verifier. These take
-`HeadLogits` in their place, from which the logits are computed in slabs and never held. Logits of
-at most 8192 tokens are accepted as they are. The verifier gets no gradient, as in the fused losses
-of speculators.
+The functions of speculators take logits [B, T, V] of the draft and of the verifier. These take
+`HeadLogits` instead, compute the logits in slabs and never store [B, T, V]. They also accept logits
+over at most 8192 tokens. The verifier gets no gradient, as in the fused losses of speculators.
 
-`implementation` selects nothing, since there is one.
+`implementation` has no effect: there is one implementation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
     "tv_loss",
 ]
 
-MOST_LOGITS = 8192  # tokens of a vocabulary whose logits are accepted: they need an identity head
+MOST_LOGITS = 8192  # the largest vocabulary of plain logits, which get an identity matrix as head
 # Those of speculators, so that the same data give the same loss.
 _REDUCTION_EPS = 1e-5
 _LEAST_ALPHA = 1e-5
@@ -59,7 +60,12 @@ class HeadLogits:
     Args:
         hidden: [B, T, H], after the final norm. weight: [V, H]. bias: [V] or None.
 
-    `logits[:, 2:]` are those of fewer positions.
+    `logits[:, 2:]` has the positions from 2 on.
+
+    Example:
+        >>> draft = HeadLogits(torch.randn(1, 12, 16, requires_grad=True), torch.randn(100, 16))
+        >>> verifier = HeadLogits(torch.randn(1, 12, 32), torch.randn(100, 32))
+        >>> kl_div_loss(draft, verifier).mean().backward()
     """
 
     hidden: Tensor
@@ -86,37 +92,40 @@ LossConfig = dict[str, tuple[PositionLoss, float]]
 
 
 def kl_div_loss(logits: Logits, targets: Logits) -> Tensor:
-    """KL(p ‖ q) of each position, [B, T]."""
+    """Return KL(p ‖ q) of each position, [B, T]."""
     return _per_position(logits, targets, divergence="forward_kl")
 
 
 def reverse_kl_div_loss(logits: Logits, targets: Logits) -> Tensor:
-    """KL(q ‖ p) of each position, [B, T]."""
+    """Return KL(q ‖ p) of each position, [B, T]."""
     return _per_position(logits, targets, divergence="reverse_kl")
 
 
 def js_div_loss(logits: Logits, targets: Logits) -> Tensor:
-    """½ KL(p ‖ m) + ½ KL(q ‖ m) of each position with m = (p + q) / 2, [B, T]."""
+    """Return ½ KL(p ‖ m) + ½ KL(q ‖ m) of each position, with m = (p + q) / 2, [B, T]."""
     return _per_position(logits, targets, divergence="jsd", beta=0.5)
 
 
 def ce_loss(logits: Logits, targets: Logits) -> Tensor:
-    """−log q(argmax p) of each position, [B, T]."""
+    """Return −log q(argmax p) of each position, [B, T]."""
     return _per_position(logits, targets, divergence="argmax_ce")
 
 
 def tv_loss(logits: Logits, targets: Logits) -> Tensor:
-    """1 − α of each position, [B, T]."""
+    """Return 1 − α of each position, [B, T]."""
     return _per_position(logits, targets, divergence="tvd")
 
 
 def neg_log_acceptance_loss(logits: Logits, targets: Logits) -> Tensor:
-    """−log max(α, 1e-5) of each position, [B, T]; below the floor the gradient is 0."""
+    """Return −log max(α, 1e-5) of each position, [B, T]; below the floor the gradient is 0."""
     return _per_position(logits, targets, divergence="nla").clamp(max=-math.log(_LEAST_ALPHA))
 
 
 def lk_hybrid_loss(logits: Logits, targets: Logits, eta: float = 3.0) -> Tensor:
-    """λ KL(p ‖ q) + (1 − λ)(1 − α) of each position, λ = e^{−eta α} without gradient, [B, T]."""
+    """Return λ KL(p ‖ q) + (1 − λ)(1 − α) of each position, [B, T].
+
+    λ = e^{−eta α} has no gradient (LK losses, arXiv 2602.23881).
+    """
     return _per_position(logits, targets, divergence="lk_hybrid", eta=eta)
 
 
@@ -134,7 +143,8 @@ _LOSSES: dict[str, PositionLoss] = {
 def _per_position(logits: Logits, targets: Logits, **options: Any) -> Tensor:
     draft, verifier = _at_head("logits", logits), _at_head("targets", targets)
     if draft.shape != verifier.shape:
-        checks.fail("targets", f"shape {list(draft.shape)} as logits", list(verifier.shape))
+        hint = "cut the same positions; with a reduced vocabulary pass verifier_head[t2d]"
+        checks.fail("targets", f"shape {list(draft.shape)} as logits", list(verifier.shape), hint)
     return linear_distill_loss(
         draft.hidden,
         draft.weight,
@@ -160,13 +170,13 @@ def _at_head(name: str, logits: Logits) -> HeadLogits:
     vocab = logits.shape[-1]
     if vocab > MOST_LOGITS:
         expected = f"HeadLogits, or logits of at most {MOST_LOGITS} tokens"
-        hint = "pass HeadLogits(hidden, lm_head.weight): the logits are then never held"
+        hint = "pass HeadLogits(hidden, lm_head.weight), which needs no logits"
         checks.fail(name, expected, f"{vocab} tokens", hint)
     return HeadLogits(logits, torch.eye(vocab, dtype=logits.dtype, device=logits.device))
 
 
 def resolve_loss_config(spec: str, implementation: str = "fused") -> LossConfig:
-    """Return {name: (function, weight)} of a name, or of JSON such as '{"ce": 0.1, "tv": 0.9}'.
+    """Return {name: (function, weight)} from a name, or JSON such as '{"ce": 0.1, "tv": 0.9}'.
 
     Args:
         spec: "kl_div", "rkl", "jsd", "ce", "tv", "nla", "lk_hybrid", or a JSON object of these
@@ -174,7 +184,8 @@ def resolve_loss_config(spec: str, implementation: str = "fused") -> LossConfig:
         implementation: "fused" or "eager", with the same result.
 
     Raises:
-        ValueError: an unknown name or implementation, or a weight that is no number.
+        ValueError: an unknown name or implementation.
+        TypeError: a weight that is not a number.
     """
     checks.choice("implementation", implementation, ("fused", "eager"))
     if spec in _LOSSES:
@@ -221,9 +232,9 @@ def compound_loss(
     loss_config: LossConfig,
     decay_fn: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of losses and, of several, {name + "_loss": its value}.
+    """Return the weighted sum of losses, and {name + "_loss": value} of each if there are several.
 
-    Each loss is a `loss_function`; the values are before weights, without gradient.
+    Each value is that of `loss_function`, without its weight and without gradient.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     values = {}
@@ -235,16 +246,16 @@ def compound_loss(
 
 
 def exp_loss_decay(pos_idx: Tensor, gamma: float, **others: Any) -> Tensor:
-    """gamma^pos_idx; other keywords of a decay are unused."""
+    """Return gamma^pos_idx; the other keywords of a decay are ignored."""
     return torch.as_tensor(gamma**pos_idx)
 
 
 def dflash_loss_decay(
     pos_idx: Tensor, gamma: float, sample_from_anchor: bool = False, **others: Any
 ) -> Tensor:
-    """e^{−(pos_idx − 1) / gamma}, and 0 at position 0, the anchor, which predicts nothing.
+    """Return e^{−(pos_idx − 1) / gamma}, and 0 at position 0, the anchor, which predicts nothing.
 
-    With sample_from_anchor position 0 predicts, and the weight is e^{−pos_idx / gamma}.
+    With sample_from_anchor, position 0 predicts a token, and the weight is e^{−pos_idx / gamma}.
     """
     if sample_from_anchor:
         return (-pos_idx / gamma).exp()
@@ -259,6 +270,6 @@ def dpace_loss_decay(
     elementwise_loss: Tensor,
     **others: Any,
 ) -> Tensor:
-    """`fastdistill.dpace_weights` of the cross-entropy of each position, [1, T]."""
+    """Return `fastdistill.dpace_weights` of the cross-entropy of each position, [1, T]."""
     mask = loss_mask.reshape(elementwise_loss.shape) > 0
     return dpace_weights(elementwise_loss, block_size, alpha=dpace_alpha, mask=mask).reshape(1, -1)

@@ -5,10 +5,10 @@
 
     fastdistill_forward_kl  KL(teacher ‖ student)      fastdistill_reverse_kl  KL(student ‖ teacher)
 
-Both are over the teacher's top k and one more outcome, the mass outside them on each side. verl
-imports the modules of that variable in every process. Its registry holds the functions that
-collect losses of responses; the losses themselves come from `compute_topk_loss`, which knows one
-loss only. Here it is replaced by a function that calls the original for every other loss_mode.
+Both compare the teacher's top k and one more outcome, the probability of all other tokens. verl
+imports the modules of that variable in every process. Its registry has the functions that collect
+the losses of responses. The losses themselves come from `compute_topk_loss`, which has one loss.
+This module replaces it by a function that calls the original for every other loss_mode.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ def losses_of_logits(
         return outputs
     mode = f"with loss_mode={loss_config.loss_mode}"
     if config.strategy not in STRATEGIES:
-        fail("strategy", f"one of {', '.join(STRATEGIES)} {mode}", config.strategy)
+        hint = "use one of these, or another loss_mode"
+        fail("strategy", f"one of {', '.join(STRATEGIES)} {mode}", config.strategy, hint)
     if loss_config.log_prob_min_clamp is not None:
-        hint = "a clamp removes gradients, and the tail is never 0"
+        hint = "set it to null: these losses need no clamp, because they have a tail"
         fail("log_prob_min_clamp", f"null {mode}", loss_config.log_prob_min_clamp, hint)
     if getattr(loss_config, "use_chunked_topk", False):
-        fail("use_chunked_topk", f"False {mode}", True, "its logits are always read in chunks")
+        hint = "set it to False: these losses always read the logits in chunks"
+        fail("use_chunked_topk", f"False {mode}", True, hint)
     logprobs, ids = (data[name].values()[None] for name in ("teacher_logprobs", "teacher_ids"))
     if _ulysses.get_ulysses_sequence_parallel_world_size() > 1:
         logprobs, ids = (_ulysses.slice_input_tensor(x, dim=1) for x in (logprobs, ids))
@@ -82,7 +84,7 @@ def losses_of_responses(
     """
     if f"{_PREFIX}loss" not in model_output:
         mode = distillation_config.distillation_loss.loss_mode
-        hint = "the model must return logits"
+        hint = "set it to False, so that the model returns logits"
         fail("use_fused_kernels", f"False with loss_mode={mode}", "no losses of logits", hint)
     loss, student_mass, teacher_mass = (
         _verl.no_padding_2_padding(model_output[f"{_PREFIX}{name}"], data)

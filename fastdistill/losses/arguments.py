@@ -98,7 +98,7 @@ def to_teacher_rows(
     floor = floor_of(dtype)
     lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
     lp = lp.clamp(min=floor, max=0.0).masked_fill_(ids < 0, floor)
-    is_traced = torch.compiler.is_compiling()  # it fuses PyTorch's operators
+    is_traced = torch.compiler.is_compiling()  # the compiler fuses PyTorch's operators
     merge = merge_answers if is_traced else get_backend(options.impl).merge_answers
     ids, lp, mass = merge(ids, lp)
     log_tail = teacher.tail().detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
@@ -115,7 +115,7 @@ def to_teacher_rows(
 
 
 def only_argmax(teacher: TopK) -> TopK:
-    """All mass on the most probable of the K ids; an empty answer stays empty."""
+    """Return answers with all mass on the most probable id; an empty answer stays empty."""
     lp = teacher.logprobs.detach().masked_fill(teacher.ids < 0, -torch.inf)
     ids = teacher.ids.gather(-1, lp.argmax(-1, keepdim=True))
     logprobs = torch.zeros_like(ids, dtype=torch.float32)

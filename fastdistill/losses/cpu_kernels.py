@@ -22,7 +22,7 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 class ProductOnCPU:
-    """out = (add: +=) a @ b by an operator, with memory that its calls share."""
+    """Computes out = a @ b, or out += a @ b with `add`; its calls share scratch memory."""
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
@@ -67,7 +67,7 @@ def _product(
 def sum_columns(
     u: Tensor, top: Tensor, *, temperature: float, moments: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the new maximum and the sums of each column."""
+    """Return the new maximum and the power sums of each column (`SumColumns`)."""
     rows, n = u.shape
     top, sums = top.clone(), top.new_empty(moments + 1, n)
     if u.is_meta:
@@ -98,7 +98,7 @@ def softmax_columns(
 
 
 def row_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what fastdistill::row_topk of these logits is."""
+    """Return the k largest logits of each row, their ids, and the log-sum-exp of the others."""
     if backend.extension() is None or z.dtype != torch.float32 or z.stride(-1) != 1:
         return by_sorting(z, k)
     rows, cols = z.shape
@@ -121,7 +121,7 @@ def row_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def available() -> CPUKernels | None:
-    """Return the kernels that this build and CPU have."""
+    """Return the kernels that this build has for this CPU, or None."""
     ext = backend.extension()
     if ext is None:
         return None

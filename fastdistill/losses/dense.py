@@ -89,15 +89,17 @@ def linear_distill_loss(
             The reverse KL and JSD have their large terms where the student is.
         t2d: bool [≤ V'], for a draft model with a reduced vocabulary: row i of `weight` is the i-th
             True token of the teacher; rows of teacher_weight beyond t2d are padding. Each call
-            copies the draft's rows of teacher_weight: pass teacher_weight[t2d] instead to copy
-            them once. labels are rows of `weight`.
+            copies the draft's rows of teacher_weight. To copy them once, pass teacher_weight[t2d]
+            without t2d. labels are rows of `weight`.
         outside: with t2d, the teacher's probability of tokens that the draft lacks. "renormalize"
             leaves them out (EAGLE-3, arXiv 2503.01840, and speculators). "count" keeps the
             teacher's probabilities, and the draft has 0 there: 1 − tvd is then the acceptance rate
-            itself. "forward_kl" and "lk_hybrid" are infinite with it.
+            itself. It is refused with "forward_kl", "lk_hybrid" and "argmax_ce", which would be
+            infinite, with a callable and with k.
         divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows
             ([n, K+1] with k).
-        group: as in `topk_distill`; both heads are sharded, with as many rows on each rank.
+        group: as in `topk_distill`. Both heads are sharded, and each rank has the same tokens of
+            both.
         backward: "fused" (gradients in the forward pass, scalar losses), "recompute" (any
             upstream gradient), "auto".
 
@@ -171,7 +173,7 @@ def linear_distill_loss(
 
 
 class Missing(NamedTuple):
-    """Rows `ids` of a teacher's head, of tokens that the student lacks."""
+    """A teacher's head, and the ids of its tokens that the student lacks."""
 
     head: LMHead
     ids: Tensor
@@ -180,7 +182,7 @@ class Missing(NamedTuple):
 def _reduced(
     hidden: Tensor, head: LMHead, teacher_hidden: Tensor, teacher_head: LMHead, t2d: Tensor
 ) -> tuple[LMHead, Missing]:
-    """The teacher's head of the draft's tokens, and its other rows."""
+    """Return the teacher's head with the rows of the draft's tokens, and its other tokens."""
     vocab = operands(hidden, head).vocab
     whole = operands(teacher_hidden, teacher_head, prefix="teacher_").head
     check_t2d(t2d, vocab, teacher_head.weight.shape[0], hidden)
@@ -191,7 +193,8 @@ def _reduced(
 def _check_count(options: LossOptions, k: int | None) -> None:
     """Check that a loss is finite where the teacher has mass and the draft has none."""
     if k is not None:
-        checks.fail("outside", "'renormalize' with k", "'count'")
+        hint = "leave k out, or outside"
+        checks.fail("outside", "'renormalize' with k", "'count'", hint)
     name, beta, skew = options.divergence, options.beta, options.skew
     finite = not callable(name) and cost_of_missing(name, beta, skew) is not None
     if not finite:
@@ -343,13 +346,13 @@ def _check_shards(
     options: LossOptions,
     missing: Missing | None,
 ) -> None:
-    """Check vocabulary-parallel heads: all ranks raise, or none."""
+    """Check vocabulary-parallel heads; either all ranks raise or none."""
     assert ops.shard is not None
     assert teacher.shard is not None
     if missing is not None:
         checks.fail("t2d", "None with group", "a tensor", "pass shards of teacher_weight[t2d]")
     if callable(options.divergence):
-        checks.fail("divergence", "a name with group", "a callable", "it takes whole rows")
+        checks.fail("divergence", "a name with group", "a callable", "use a name")
     if options.divergence == "argmax_ce":
         checks.fail(
             "divergence",
@@ -371,7 +374,7 @@ def _check_shards(
 def _argmax_ce(
     call: DenseCall, hidden: Tensor, head: LMHead, teacher_hidden: Tensor, reduction: Reduction
 ) -> Tensor:
-    """The sparse loss of the teacher's most probable token."""
+    """Return the sparse loss on the teacher's most probable token."""
     ops, options, teacher_head = call.ops, call.options, call.teacher_head
     if reduction.counted is not None:  # a NaN at an ignored position has no argmax
         teacher_hidden = torch.where(reduction.counted.unsqueeze(-1), teacher_hidden, 0)
@@ -381,7 +384,7 @@ def _argmax_ce(
 
 
 def _runner(call: DenseCall) -> Any:
-    """A pass that is no operator: it calls the user's code, or communicates with other ranks."""
+    """Return a pass that is not an operator: it calls the user's code or reduces over ranks."""
     shard, impl = call.ops.shard, call.options.impl
     teacher = DenseTeacher(call.teacher_head, call.teacher_hidden, call.missing_lse)
 

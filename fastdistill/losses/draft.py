@@ -1,4 +1,4 @@
-"""What losses of draft models need beside a divergence: a reduced vocabulary, weights per block."""
+"""Reduced vocabularies and D-PACE weights for the losses of draft models."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def check_t2d(t2d: Tensor, vocab: int, teacher_rows: int, device: Tensor) -> Non
         checks.fail("t2d", f"shape [V'] with V' ≤ {teacher_rows}", list(t2d.shape), hint)
     tensor_checks.same_device("t2d", t2d, device)
     if (count := int(t2d.sum())) != vocab:
-        checks.fail("t2d", f"{vocab} True entries, the rows of weight", count)
+        hint = "pass the t2d of this draft"
+        checks.fail("t2d", f"{vocab} True entries, the rows of weight", count, hint)
 
 
 def rows_of(head: LMHead, ids: Tensor) -> LMHead:
-    """A copy of some rows of a head, in the order of `ids`."""
+    """Return a copy of the rows `ids` of a head, in this order."""
     bias = None if head.bias is None else head.bias[ids]
     return head._replace(weight=head.weight[ids], bias=bias, valid_vocab=None)
 
 
 @torch.no_grad()
 def lse_of_rows(head: LMHead, ids: Tensor, hidden_NG: Tensor, impl: str) -> Tensor:
-    """log Σ e^z [N] over some rows of a head."""
+    """Return log Σ e^z [N] over the rows `ids` of a head."""
     none = hidden_NG.new_empty(hidden_NG.shape[0], 0, dtype=torch.int64)
     lse = torch.full(none.shape[:1], -torch.inf, dtype=head.dtype, device=none.device)
     with torch.autocast(hidden_NG.device.type, enabled=False):
@@ -53,8 +54,8 @@ def dpace_weights(
 
         w_j = Σ_{m ≥ j} Π_{i ≤ m} c_i,  c_i = (1 − alpha) · e^{−nll_i} + alpha
 
-    over the positions of one block (arXiv 2605.18810, equations 7 and 8): how much position j adds
-    to the expected number of accepted tokens. No gradient.
+    over the positions of one block (arXiv 2605.18810, equations 7 and 8). It is how much position j
+    adds to the expected number of accepted tokens. It has no gradient.
 
     Args:
         nll: [..., T], cross-entropy of each position (`linear_distill_loss` with
@@ -80,12 +81,13 @@ def dpace_weights(
     checks.positive("alpha", alpha)
     if not nll.dim() or nll.shape[-1] % block_size:
         expected = f"a last dimension that is a multiple of block_size = {block_size}"
-        checks.fail("nll", expected, list(nll.shape))
+        checks.fail("nll", expected, list(nll.shape), "pass whole blocks, padded with a mask")
     counts = torch.ones_like(nll, dtype=torch.bool)
     if mask is not None:
         tensor_checks.tensor("mask", mask, (torch.bool,))
         if mask.shape != nll.shape:
-            checks.fail("mask", f"shape {list(nll.shape)} as nll", list(mask.shape))
+            hint = "one entry per position"
+            checks.fail("mask", f"shape {list(nll.shape)} as nll", list(mask.shape), hint)
         counts = mask
     confidence = torch.where(counts, (1 - alpha) * (-nll).exp() + alpha, 1.0)
     prefix = confidence.unflatten(-1, (-1, block_size)).cumprod(-1)

@@ -229,7 +229,7 @@ class _PrecomputedGradients(torch.autograd.Function):
 def recompute_rows(
     run: Callable[[Tensor, Tensor, LMHead, list[bool]], Any], x: Tensor, head: LMHead, impl: str
 ) -> Tensor:
-    """ℓ [N] of a computation that cannot be an operator; its backward pass runs it again."""
+    """Return ℓ [N] of a computation that cannot be an operator; the backward pass repeats it."""
     rows: Tensor = _RecomputedRows.apply(  # type: ignore[no-untyped-call]
         run, head, needs(x, head), impl, x, head.weight, head.bias
     )

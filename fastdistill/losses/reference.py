@@ -185,9 +185,9 @@ def linear_distill(
     options: LossOptions,
     missing_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1.
+    """Return (Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1.
 
-    missing_lse [N] is the log-sum-exp of its logits at T of tokens that the student lacks.
+    missing_lse [N] is the log-sum-exp, at T, of its logits of the tokens that the student lacks.
     """
     u, T = logits(hidden, head), options.temperature
     lq, z_teacher = (u / T).log_softmax(-1), teacher_logits / T

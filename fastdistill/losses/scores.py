@@ -40,8 +40,8 @@ def token_scores(
     lse and entropies at `temperature`. With labels, at T=1: nll = −log q(label), and label_rank =
     the number of more probable tokens (0 = top); both 0 at ignored positions. With a teacher taken
     at `temperature`, bucket tail: forward_kl, teacher_mass, student_mass, hellinger =
-    √(1 − Σ√(pq)) and acceptance_rate = Σ min(p, q), with which speculative decoding accepts a token
-    of q; with the tail as one outcome it is an upper bound.
+    √(1 − Σ√(pq)) and acceptance_rate = Σ min(p, q), the probability that speculative decoding
+    accepts a token of q. With the tail as one outcome it is an upper bound.
 
     Args:
         hidden: [N, H] or [B, T, H]. weight: [V, H], the same dtype. labels: int [...].

@@ -72,9 +72,9 @@ class Shard(NamedTuple):
         weight_grad: bool,
         size_of: Callable[[LMHead, int, bool, str], int] = chunk_tokens,
     ) -> int:
-        """Tokens per chunk of a fused loss, computed from the largest shard.
+        """Return the tokens per chunk of a fused loss, computed from the largest shard.
 
-        All ranks combine the same chunks, so the size may not depend on this shard or GPU.
+        All ranks reduce the same chunks, so the size must not depend on this shard or GPU.
         """
         weight = head.weight.new_empty(1, 1, device="meta").expand(
             self.largest, head.weight.shape[1]
@@ -88,7 +88,7 @@ class Shard(NamedTuple):
         return list(packed.split([p.shape[-1] for p in parts], -1))
 
     def all_reduce_lse(self, parts: list[Tensor]) -> list[Tensor]:
-        """Log-sum-exps [n] of the whole vocabulary from those of this shard."""
+        """Return the log-sum-exps [n] of the whole vocabulary from those of this shard."""
         lse_nL = torch.stack(parts, -1)
         (top_nL,) = self.all_reduce([lse_nL], dist.ReduceOp.MAX)
         share_nL = torch.where(lse_nL < ABSENT, 0.0, (lse_nL - top_nL).exp())
@@ -96,7 +96,7 @@ class Shard(NamedTuple):
         return [t.contiguous() for t in (top_nL + sum_nL.log()).unbind(-1)]
 
     def all_reduce_sum(self, parts: list[Tensor]) -> list[Tensor]:
-        """Sums over the ranks of tensors [n]."""
+        """Return the sums over the ranks of tensors [n]."""
         columns = [t.unsqueeze(-1) for t in parts]
         return [t.squeeze(-1) for t in self.all_reduce(columns, dist.ReduceOp.SUM)]
 

@@ -1,11 +1,11 @@
-"""Fake quantization of a model that trains: quantization-aware training and distillation.
+"""Fake quantization of a model for quantization-aware training and distillation.
 
     forward     y = x Q(W)ᵀ + b,   Q(W) = dequantize(quantize(W))
     backward    ∂L/∂W = ∂L/∂Q(W)   (straight-through estimator; Bengio et al. 2013)
 
-W stays in full precision, and is what an optimizer updates and a checkpoint stores. Scales follow
-W in every forward pass. `quantize_model` with the same scheme then gives exactly Q(W), so it is the
-"convert" step of what torchao calls prepare and convert.
+W stays in full precision: the optimizer updates it and checkpoints store it. Every forward pass
+computes the scales from W. `quantize_model` with the same scheme then gives exactly Q(W). In the
+terms of torchao, `fake_quantize` is "prepare" and `quantize_model` is "convert".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHT_SCHEMES = ("nvfp4", *SCHEMES)
 
 
 def quantize_as(weight: Tensor, scheme: str) -> QuantWeight:
-    """Quantize a weight [N, K] with a scheme of WEIGHT_SCHEMES."""
+    """Return a weight [N, K] quantized with a scheme of WEIGHT_SCHEMES."""
     return quantize_nvfp4(weight) if scheme == "nvfp4" else quantize(weight, scheme)
 
 
@@ -43,7 +43,7 @@ class _StraightThrough(torch.autograd.Function):
 class FakeQuantizedLinear(nn.Linear):
     """y = x Q(W)ᵀ + b with a weight in full precision; Q rounds it to `scheme`.
 
-    Shares weight and bias with the layer that it is made of, so a state_dict has the same names.
+    It shares weight and bias with the layer that it replaces, so a state_dict keeps its names.
     """
 
     def __init__(self, linear: nn.Linear, scheme: str) -> None:
@@ -55,7 +55,7 @@ class FakeQuantizedLinear(nn.Linear):
         self.train(linear.training)
 
     def quantized_weight(self) -> Tensor:  # [N, K]
-        """Return Q(W), whose gradient is that of W."""
+        """Return Q(W); its gradient is passed on to W."""
         quantized: Tensor = _StraightThrough.apply(self.weight, self.scheme)  # type: ignore[no-untyped-call]
         return quantized
 
@@ -77,7 +77,9 @@ def fake_quantize(
 ) -> nn.Module:
     """Replace the linear layers of a model by fake-quantized ones, in place.
 
-    The same layers as in `quantize_model`: the output head, embeddings, norms and routers keep
+        y = x Q(W)ᵀ + b,  Q(W) = dequantize(quantize(W)),  ∂L/∂W = ∂L/∂Q(W)
+
+    The layers are those of `quantize_model`: the output head, embeddings, norms and routers keep
     their precision. Only weights are quantized, not activations.
 
     Args:
@@ -87,7 +89,7 @@ def fake_quantize(
         skip: layers to exclude, by full name, last part of the name, or a parent's name.
 
     Returns:
-        The same model. Its parameters have the names that they had, so checkpoints are as before.
+        The same model. Its parameters keep their names, so its checkpoints load into the plain one.
 
     Raises:
         ValueError: an unknown scheme; a model with fake-quantized layers, without linear layers, or
@@ -105,7 +107,8 @@ def fake_quantize(
     if isinstance(skip, str):
         skip = (skip,)
     if fake_quantized(model):
-        checks.fail("model", "layers in full precision", "layers that are fake-quantized already")
+        got = "layers that are fake-quantized already"
+        checks.fail("model", "layers in full precision", got, "call fake_quantize once")
     layers = dict(targets(model, skip))
     others = [f"{name}.{parameter}" for name, _, parameter in stacks(model, skip)]
     others += [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
@@ -114,7 +117,7 @@ def fake_quantize(
         checks.fail("model", "nn.Linear layers alone", f"{others[0]} of another kind", hint)
     if not layers:
         got = f"none in {type(model).__name__} outside skip={tuple(skip)}"
-        checks.fail("model", "linear layers to quantize", got)
+        checks.fail("model", "linear layers to quantize", got, "shorten skip=")
     for name, layer in layers.items():
         try:
             quantize_as(layer.get_parameter("weight")[:1], scheme)
@@ -127,16 +130,17 @@ def fake_quantize(
 
 
 def check_conversion(model: nn.Module, scheme: str, names: Sequence[str]) -> None:
-    """Raise ValueError if quantizing `names` is not what the fake-quantized layers trained for."""
+    """Raise ValueError if scheme or layers differ from those of the fake-quantized layers."""
     fake = fake_quantized(model)
     if not fake:
         return
     trained = sorted(set(fake.values()))
     if trained != [scheme]:
         expected = f"{trained[0]!r}, for which the layers were trained"
-        checks.fail("scheme", expected, repr(scheme))
+        checks.fail("scheme", expected, repr(scheme), "pass the same scheme")
     differing = {f"{name}.weight" for name in fake} ^ set(names)
     if differing:
         name = min(differing)
         got = f"one that {'includes' if name in names else 'leaves out'} {name}"
-        checks.fail("skip", "the layers that fake_quantize left out", got)
+        hint = "pass the skip= of fake_quantize"
+        checks.fail("skip", "the layers that fake_quantize left out", got, hint)

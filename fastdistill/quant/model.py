@@ -110,7 +110,7 @@ def quantize_model(
     Args:
         model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
         scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); schemes.py. Or
-            "nvfp4" (nvfp4.py). For a model of `fake_quantize` the scheme that it trained for.
+            "nvfp4" (nvfp4.py). For a model of `fake_quantize`, the scheme that it was trained with.
         compute: "exact", "int8", "fp8" or "auto"; ops.py.
         skip: layers to exclude, by full name, last part of the name, or a parent's name.
 

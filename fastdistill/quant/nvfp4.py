@@ -26,7 +26,7 @@ _HALFWAY = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, Fals
 
 
 def quantize_nvfp4(weight: Tensor) -> Lut4Weight:
-    """Quantize a floating-point weight [N, K], where K is a multiple of 16.
+    """Return a floating-point weight [N, K], where K is a multiple of 16, in NVFP4.
 
     Raises:
         ValueError: another shape or dtype, or a weight with NaN or infinity.
