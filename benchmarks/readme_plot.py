@@ -1,4 +1,4 @@
-"""python -m benchmarks plot: the picture of the README, from the committed rows."""
+"""python -m benchmarks plot: the picture of docs/benchmarks/cpu.md, from the committed rows."""
 
 from __future__ import annotations
 

@@ -182,9 +182,7 @@ def document(out: Path, steps: int, seeds: int) -> dict[str, Any]:
     start = read_json(out / "start.json", dict)
     return {
         "command": f"python -m benchmarks.real_model run --steps {steps} --seeds {seeds}",
-        "machine": current_machine(),
-        "versions": current_versions(),
-        "commit": current_commit(),
+        **read_json(out / "facts.json", dict),
         "steps": steps,
         "seeds": seeds,
         "runs": len(records),
@@ -211,6 +209,13 @@ def document(out: Path, steps: int, seeds: int) -> dict[str, Any]:
 
 def run(out: Path, steps: int, seeds: int) -> None:
     """Run what is not finished, seed by seed, and print the table after every run."""
+    if not (out / "facts.json").is_file():
+        facts = {
+            "machine": current_machine(),
+            "versions": current_versions(),
+            "commit": current_commit(),
+        }
+        write_json(out / "facts.json", facts)
     setting = open_setting(out, steps=steps)
     timed = (*(arm for arm in ARMS if arm is not ON_POLICY), SAMPLED, NOT_SAMPLED)
     costs = measure_costs(setting, timed, out, rounds=2)

@@ -1,4 +1,4 @@
-"""The picture of the README shows the committed rows."""
+"""The picture of docs/benchmarks/cpu.md shows the committed rows."""
 
 from __future__ import annotations
 
