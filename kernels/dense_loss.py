@@ -6,7 +6,7 @@
 The logits of both heads are stored in fp32 for one chunk of tokens. A first sweep sums φ and
 Ψ = Σψ; a second turns the student's logits into dz for both gradient GEMMs: 4NVH forward, 4NVH
 backward. nla and lk_hybrid take two sweeps of sums. A callable divergence gets whole rows, and ψ
-comes from autograd. Ranks that hold the heads together sum their parts of all of these.
+comes from autograd. With vocabulary-parallel heads, the ranks add up their parts of these sums.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class DenseLoss(NamedTuple):
 class DenseTeacher(NamedTuple):
     """A teacher's head and hidden states [N, G].
 
-    missing_lse [N] is the log-sum-exp of its logits of tokens that the student lacks, or None if
-    they do not count.
+    missing_lse [N] is the log-sum-exp of its logits of the tokens that the student lacks; None
+    leaves these tokens out.
     """
 
     head: LMHead
@@ -189,7 +189,7 @@ class _Pass(NamedTuple):
     def divergence(
         self, label_n: Tensor | None, options: LossOptions
     ) -> tuple[Combined, Tensor | None]:
-        """D with its Σψ, and the label's u [n]."""
+        """Return D with its Σψ, and the label's u [n]."""
         name = options.divergence
         if not options.is_combined:
             D, total, u_label = self._sums(label_n, options, None, grad=self.grad)

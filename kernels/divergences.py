@@ -20,16 +20,17 @@ distance 1 − Σ√(pq) is computed as ½Σ(√p − √q)², which does not ca
     divergences of DistiLLM (Ko et al., arXiv 2402.03898), where their α is 1 − skew for the mix.
 
 Two losses of draft models are functions of the acceptance rate α = Σ_v min(p_v, q_v) = 1 − TV of
-a token (Samarin et al., LK losses, arXiv 2602.23881). They take sums first, and a gradient after:
+a token (Samarin et al., LK losses, arXiv 2602.23881). Their gradient needs sums over all tokens:
 
     nla        −log α
     lk_hybrid  λ KL(p‖q) + (1 − λ) TV,  λ = exp(−η α), which carries no gradient
 
 `combine` computes them from sums of three separable terms: "tvd", "overlap" with φ = −min(p, q),
-and "lk_mix" with φ = λ p (lp − lq) + (1 − λ) ½|p − q| and one λ per token. ψ of the last two is
-−q where q < p (half of it where they are equal): ½q more is the derivative of ½|p − q|, which
-ψ − q Σψ removes, and which would cancel digits where α is small. "argmax_ce" = −log q(argmax p) is
-forward_kl of a teacher whose mass is on one token; the losses replace the teacher.
+and "lk_mix" with φ = λ p (lp − lq) + (1 − λ) ½|p − q| and one λ per token. In both, the overlap
+has ψ = −q where q < p, half of it where they are equal, and 0 elsewhere. The derivative of ½|p − q|
+is larger by ½q. ψ − q Σψ removes this term, which would cancel digits where α is small. "argmax_ce"
+= −log q(argmax p) is forward_kl of a teacher with all mass on one token: the losses replace the
+teacher.
 
 Pairs of divergence and tail that have their minimum at the teacher (`minimum_of`):
 
@@ -115,7 +116,7 @@ def plain_name(name: str, beta: float, skew: float) -> str:
 
 
 def minimum_of(divergence: str | Elementwise, beta: float, skew: float, tail: str) -> str | None:
-    """The location of the minimum: "teacher", "renormalized teacher", "argmax", or None.
+    """Return the location of the minimum: "teacher", "renormalized teacher", "argmax", or None.
 
     A callable counts as "teacher"; its author is responsible for that.
     """
@@ -132,7 +133,7 @@ def minimum_of(divergence: str | Elementwise, beta: float, skew: float, tail: st
 
 
 def cost_of_missing(name: str, beta: float, skew: float) -> float | None:
-    """The cost per unit of teacher mass on a token that the student lacks; None if infinite."""
+    """Return the cost per teacher mass on tokens that the student lacks; None if infinite."""
     name = plain_name(name, beta, skew)
     if name == "jsd":
         return -beta * math.log(beta)
@@ -143,7 +144,7 @@ def cost_of_missing(name: str, beta: float, skew: float) -> float | None:
 
 
 def resolve(name: str, beta: float, skew: float, w: Tensor | None = None) -> Divergence:
-    """The divergence or term called `name`; `w` is λ of "lk_mix", for each token."""
+    """Return the divergence or term called `name`; `w` is λ of "lk_mix", for each token."""
     name = plain_name(name, beta, skew)
     if name == "forward_kl":
         return Divergence(lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: -lp.exp(), 0.0)
@@ -201,7 +202,7 @@ def combine(
     """Compute `nla` or `lk_hybrid` of each token from sums over the outcomes.
 
     Args:
-        sums: (term, w) -> (Σφ, Σψ) of a separable term. The term of the result comes last.
+        sums: (term, w) -> (Σφ, Σψ) of a separable term. The last call is for the result's term.
     """
     tv, _ = sums("tvd", None)
     if name == "lk_hybrid":

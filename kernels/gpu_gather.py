@@ -60,7 +60,7 @@ def hidden_grad(
 ) -> None:
     """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x).
 
-    lost: in place of g, what it loses when it is rounded to the type of W.
+    lost: use the rounding error of g in the type of W instead of g.
     """
     if head.is_packed:
         got = type(head.weight).__name__

@@ -199,7 +199,7 @@ def _add_grads(
 
 
 def _corrected(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, g) of the CORRECTED_SLOTS largest |g| of each row."""
+    """Return (ids, g) of the CORRECTED_SLOTS largest |g| of each row."""
     if ids_nS.shape[-1] > CORRECTED_SLOTS:
         largest = g_nS.abs().topk(CORRECTED_SLOTS, -1, sorted=False).indices
         ids_nS, g_nS = ids_nS.gather(-1, largest), g_nS.gather(-1, largest)

@@ -6,9 +6,8 @@ as large as any outside, and the top K of the 64 · K members is a top K of the 
 it may be another one than torch.topk's; the same input gives the same ids.
 
 bias and logit_scale are applied to members and maxima alike, with the same rounding; softcap and
-temperature do not change the order. A second kernel takes the winners out and sums all others: the
-groups left out and the members that lost. It is a sum of positive terms, exact however little
-remains.
+temperature do not change the order. A second kernel removes the k winners and sums all others: the
+other groups and the other members. All terms are positive, so even a small sum is exact.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Memory(NamedTuple):
 def topk_memory(
     head: LMHead, tokens: int, k: int, temperatures: Sequence[float]
 ) -> tuple[int, Memory]:
-    """(tokens per chunk, memory); all that a chunk needs fits in CHUNK_BYTES and SHARE_OF_GPU.
+    """Return (tokens per chunk, memory); a chunk fits in CHUNK_BYTES and SHARE_OF_GPU.
 
     There are at least two chunks, so that there is no [N, V]. Large ones have whole tiles of 128
     tokens for the library GEMM.
@@ -81,7 +80,7 @@ def topk(
     n_groups = cdiv(V, GROUP)
     bias, members, groups, lse = memory.bias, memory.logits[:n], None, None
     all_products(head, hidden_nH, logits_view(head, memory.logits, n))
-    if n_groups * GROUP > V:  # before logit_scale: what none exceeds
+    if n_groups * GROUP > V:  # before logit_scale: never the maximum
         members[:, V:] = math.copysign(math.inf, -head.logit_scale)
     if takes_groups(V, k):
         key = members.new_empty(n, n_groups)

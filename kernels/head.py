@@ -246,14 +246,14 @@ def vocabulary_slabs(head: LMHead, rows: int) -> Iterator[slice]:
 
 
 def gpu_memory(weight: Tensor) -> float:
-    """Bytes of memory of the weight's GPU; ∞ without one, as in a plan or for all ranks' GPUs."""
+    """Return the bytes of memory of the weight's GPU; ∞ for a tensor on CPU or meta."""
     if not weight.is_cuda:
         return math.inf
     return float(torch.cuda.get_device_properties(weight.device).total_memory)
 
 
 def whole_tiles(chunk: int, tokens: int, device_type: str) -> int:
-    """The tokens of a chunk without a last tile of the library's products that is half empty.
+    """Return the tokens of a chunk without a last tile of the GEMM that is at most half full.
 
     The number of chunks may grow, but not beyond CARRIED_CHUNKS, where dW would need fp32.
     """
@@ -282,7 +282,7 @@ def chunk_tokens(
 
 
 def _fitting_tokens(head: LMHead, tokens: int, weight_grad: bool, device_type: str) -> int:
-    """`chunk_tokens` before it is rounded to tiles."""
+    """Return `chunk_tokens` before it is rounded to tiles."""
     low, high = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
     high = int(max(low, min(high, SHARE_OF_GPU * gpu_memory(head.weight))))
     row_bytes = head.vocab_size * head.dtype.itemsize

@@ -78,7 +78,7 @@ class LossOptions(NamedTuple):
 
     @property
     def is_combined(self) -> bool:
-        """Whether the divergence is a function of sums: its row mathematics is in PyTorch."""
+        """Return whether the divergence is a function of sums, which PyTorch operators compute."""
         return self.divergence in COMBINED
 
     @property
@@ -216,7 +216,7 @@ def _on_ids(divergence: Divergence, tail: str) -> float:
 
 
 def _combined(cols: _Columns, options: LossOptions) -> Combined:
-    """A divergence that is a function of sums over the columns."""
+    """Return a divergence that is a function of sums over the columns."""
     assert isinstance(options.divergence, str)
 
     def sums(term: str, w_N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -374,7 +374,7 @@ def first_slots(ids_NK: Tensor) -> Tensor:
 
 
 def merge_answers(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(distinct ids, log p, Σ p): repeated ids become one slot with the summed probability.
+    """Return (distinct ids, log p, Σ p); repeated ids become one slot with their summed p.
 
     The other slots of an id become empty: id −1, and log p the floor.
     """

@@ -70,7 +70,7 @@ def chunk_grads(
         return
     if dx_nH is None:
         dx_nH = torch.mm(dz_Vn.t(), head.weight[: head.vocab_size])
-    # dz of the slots, by far the largest, stays in fp32: its rounding would dominate the error.
+    # dz of the slots is by far the largest. It stays in fp32, or its rounding would dominate.
     dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(dx_nH) if packed else dx_nH)
 
 

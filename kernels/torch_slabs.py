@@ -29,7 +29,7 @@ from .topk import TopRows
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data center GPU
 SLAB_ROWS = (64, 4096)
 ON_CPU = ("cpu", "meta")  # devices of the compiled kernels; on meta they only allocate
-# The top k of long rows costs less per logit: 8192 logits of 512 tokens at a time.
+# The top k costs less per logit in long rows: 8192 logits of 512 tokens at a time.
 ROW_BYTES, ROW_TOKENS = 16 << 20, 512
 
 
@@ -95,7 +95,7 @@ class Matmul:
         return u
 
     def rows(self, at: slice, u_1n: Tensor) -> Tensor:
-        """u of one slab with a row for each token, [n, v]; `u_1n` is memory for its transpose."""
+        """Return u of one slab, a row per token, [n, v]; `u_1n` is memory for its transpose."""
         if self.product is None:
             return self.logits(at, u_1n[: at.stop - at.start]).t().contiguous()
         u_nv = u_1n.view(-1)[: (at.stop - at.start) * u_1n.shape[1]].view(u_1n.shape[1], -1)
@@ -109,7 +109,7 @@ class Matmul:
         return grad_scale_of(ds_vn)
 
     def new_hidden_grad(self, tokens: int) -> Tensor:
-        """Zeros [n, H] in fp32 (fp64) for `add_hidden_grad`, in the layout that it writes."""
+        """Return zeros [n, H] in fp32 (fp64), in the layout that `add_hidden_grad` writes."""
         weight, H = self.head.weight, self.head.weight.shape[1]
         if self.product is not None:
             return weight.new_zeros(tokens, H, dtype=self.head.dtype)
@@ -118,7 +118,7 @@ class Matmul:
     def add_hidden_grad(
         self, at: slice, ds_vn: Tensor, dx_nH: Tensor, *, rounded: bool = False
     ) -> None:
-        """dx += dsᵀ W[v], accumulated in fp32; `rounded` allows to round ds to bfloat16."""
+        """Add dsᵀ W[v] to dx in fp32; with `rounded`, ds may be rounded to bfloat16."""
         dx_Hn = dx_nH.t()
         if self.product is not None:
             W = self.head.weight[at]
@@ -156,7 +156,7 @@ class Matmul:
 
 
 def _multiplies_on_cpu(head: LMHead, hidden_nH: Tensor) -> bool:
-    """Whether these operands are what the product of `cpu_kernels` takes."""
+    """Return whether the product of `cpu_kernels` takes these operands."""
     both = (head.weight, hidden_nH)
     return not head.is_packed and all(
         t.device.type in ON_CPU and t.dtype == torch.bfloat16 and 1 in t.stride() for t in both
@@ -252,7 +252,7 @@ def scan(
 
 
 def _kernels_of(u_vn: Tensor) -> CPUKernels | None:
-    """The compiled kernels for a slab, or None."""
+    """Return the compiled kernels for a slab, or None."""
     fits = u_vn.device.type in ON_CPU and u_vn.dtype == torch.float32 and u_vn.stride(1) == 1
     return cpu_kernels() if fits else None
 

@@ -171,7 +171,7 @@ def _checkpoint_source(options: DoubleBind) -> CheckpointSource | None:
 
 
 def _check_request(options: DoubleBind, study: Study, about: dict[str, Any]) -> None:
-    """Raise ValueError where an option asks for another study than that of these records."""
+    """Raise ValueError if an option differs from the study of these records."""
     config, seeds = about["config"], about["seeds"]
     rule = about.get("rule", {"n": len(seeds["base"]), "first_seed": min(seeds["base"])})
     requested: list[tuple[str, Any, Any]] = [
@@ -184,7 +184,8 @@ def _check_request(options: DoubleBind, study: Study, about: dict[str, Any]) -> 
     ]
     for name, value, stored in requested:
         if value is not None and value != stored:
-            fail(name, f"{stored}, as in the records of {options.out}", value)
+            hint = "leave the option out, or use another folder"
+            fail(name, f"{stored}, as in the records of {options.out}", value, hint)
 
 
 def _about(

@@ -126,9 +126,9 @@ class DoubleBind(Experiment):
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
-    pool: Annotated[Path | None, "Rows with prompt, domain, kind; stored as train's --data."] = None
+    pool: Annotated[Path | None, "Rows with prompt, domain and kind, as for train --data."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
-    capability: Annotated[Path | None, "Rows with prompt and answer, stored likewise."] = None
+    capability: Annotated[Path | None, "Rows with prompt and answer, as for train --data."] = None
     arms: tuple[str, ...] = ()
     student_seeds: int = 1
     first_seed: int | None = None

@@ -279,7 +279,8 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
 def hub_headers(name: str, role: str = "path_or_model") -> Headers:
     """Return the headers of a hub model's safetensors files; no weights are downloaded.
 
-    Raises FileNotFoundError if neither the hub nor its local cache has them."""
+    Raises FileNotFoundError if neither the hub nor its local cache has them.
+    """
     folder = fetched_folder(name, (CONFIG,), role)
     if any(folder.glob("model*.safetensors")):
         return Headers(folder)
@@ -289,7 +290,7 @@ def hub_headers(name: str, role: str = "path_or_model") -> Headers:
         reason = printable(str(error).strip().partition("\n")[0])
         raise FileNotFoundError(
             f"{role}: expected the headers of safetensors files of {name!r} on the hub, got "
-            f"none ({reason})"
+            f"none ({reason}); download the model and pass its folder"
         ) from None
     tensors = {
         tensor: (file, str(info.dtype), tuple(info.shape))

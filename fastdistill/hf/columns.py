@@ -40,7 +40,7 @@ _CONTENT = (
     *("instruction", "input", "system", "system_prompt", "conversation", "conversations"),
     *("response", "responses", "output", "outputs", "chosen", "rejected"),
 )
-# Columns of datasets with images or audio, also if they have paths or URLs.
+# Columns of images, audio and video. A path or URL in one of them is not an ignored text.
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _SINGLE = (
     str,
@@ -64,7 +64,7 @@ _LOOKED_AT = 8  # items of a list that are inspected
 def check_columns(example: Any, tensors: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """Return the form of an example and its columns that are not None.
 
-    `tensors`: columns that the model reads beside input_ids.
+    `tensors`: names of the tensors that the model reads with input_ids.
 
     Raises:
         ValueError or TypeError: it has no known form, a column of the wrong type, or a column that
@@ -263,8 +263,8 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
         f"only columns that are read ({read}), texts and single values",
         what,
         "images, audio, positions and lengths of packed documents are not read: remove the column "
-        "if it does not matter, pass images to a vision model as input_ids and the tensors of its "
-        "processor, and packed documents as examples of their own",
+        "if it does not matter. Pass images to a vision model as input_ids and the tensors of its "
+        "processor, and each packed document as an example",
     )
 
 

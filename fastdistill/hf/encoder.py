@@ -36,7 +36,7 @@ class EncodedExample(NamedTuple):
     """One encoded example: int64 [T] each.
 
     `prompt`: how many of the first tokens are the prompt of an on-policy student. None: all tokens
-    before the first target, or the whole row if there are none. `images`: tensors beside the ids.
+    before the first target, or the whole row if there are none. `images`: tensors of a processor.
     """
 
     ids: Tensor
@@ -105,7 +105,7 @@ class Encoder:
         chat_template: used instead of the tokenizer's: a path or the text of a template.
         template_tokens: False leaves out what the template writes before an answer, as an empty
             block of thinking.
-        images: what the student reads beside ids. Its placeholder tokens are no targets.
+        images: the tensors that the student reads with the ids. Placeholder tokens are not targets.
     """
 
     tokenizer: Any = None

@@ -1,10 +1,10 @@
-"""Images and videos of a row: the tensors of a processor, which a vision model reads beside ids.
+"""Images and videos of a row: the tensors of a processor that a vision model reads with the ids.
 
-    rows of one example, as the processor returns them for it alone
-        pixel_values [images, …] · image_grid_thw [images, 3] · image_sizes [images, 2] · …
+    pixel_values [images, …]   image_grid_thw [images, 3]   image_sizes [images, 2]   …
 
-A batch has the concatenation over its rows, in their order: vision models place the features of
-images at the placeholder tokens of input_ids, also in order.
+Each row has its tensors as the processor returns them for this row alone. A batch concatenates
+those of its rows, in order, because vision models put the features of images at the placeholder
+tokens of input_ids in order.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """What a model reads beside input_ids and attention_mask.
+    """The tensors that a model reads with input_ids and attention_mask.
 
-    columns: the names of its tensors; empty for a model of text. placeholders: the token id that
-    stands for a part of an "image", "video" or "audio".
+    columns: their names; empty for a model of text. placeholders: "image", "video" or "audio" -> id
+    of the token that stands for a part of one.
     """
 
     columns: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class ImageInputs:
 
     @classmethod
     def of(cls, model: Any) -> ImageInputs:
-        """Return what a transformers model, without adapters, reads."""
+        """Return the image inputs of a transformers model, which has no adapters."""
         config = getattr(model, "config", None)
         placeholders = {}
         for kind in _TYPE_OF:
@@ -60,7 +60,8 @@ class ImageInputs:
         """Return the tensors of a row, checked against its ids [T].
 
         Raises:
-            ValueError: a column is no tensor, an image has no placeholder token, or the reverse.
+            ValueError: a column is not a tensor, an image has no placeholder token, or a
+                placeholder token has no image.
         """
         tensors = {name: _tensor(name, columns[name]) for name in self.columns if name in columns}
         self.check(ids, tensors)
@@ -68,13 +69,14 @@ class ImageInputs:
         own = tensors.pop(TOKEN_TYPES, kinds)
         if not torch.equal(own, kinds):
             expected = "1 at image tokens, 2 at video tokens and 0 at others"
-            fail(TOKEN_TYPES, expected, printable(own.tolist(), 60))
+            fail(TOKEN_TYPES, expected, printable(own.tolist(), 60), "leave the column out")
         return tensors
 
     def check(self, ids: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless each kind of tensors and its placeholder come together."""
         if (names := tensors.keys() - {TOKEN_TYPES}) and not names & set(_PIXELS.values()):
-            fail(min(names), "pixel_values or pixel_values_videos beside it", "neither")
+            hint = "pass all tensors of the processor"
+            fail(min(names), "pixel_values or pixel_values_videos beside it", "neither", hint)
         for kind, token in self.placeholders.items():
             pixels, place = _PIXELS.get(kind), f"the {kind} token (id {token})"
             has_token = bool((ids == token).any())
@@ -85,7 +87,8 @@ class ImageInputs:
                 hint = "pass input_ids and the other tensors, as the processor returns them"
                 fail("input_ids", f"{pixels} beside {place}", "none", hint)
             if pixels in tensors and not has_token:
-                fail(str(pixels), f"{place} in input_ids", "none")
+                hint = "pass the input_ids of the processor"
+                fail(str(pixels), f"{place} in input_ids", "none", hint)
 
     def is_placeholder(self, ids: Tensor) -> Tensor:
         """Return which tokens stand for a part of an image, video or audio."""

@@ -122,7 +122,8 @@ def at_head(
     `use` runs inside the model's forward, where the wrapper (DDP, FSDP, ZeRO) has made the head's
     parameters available. Its result (tensors, or tuples and dicts of them) becomes the model's
     output, where wrappers look for the tensors to differentiate. The model is unchanged afterwards.
-    `finish(result, output)` returns the result with what it takes from the model's own output.
+    `finish(result, output)` may add parts of the model's own output to the result of `use`, and
+    returns it.
     """
     head, capture = head_module(model), _Capture()
 

@@ -143,7 +143,7 @@ class BatchedForward:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (positions in the flattened batch (n,), their hidden states (n, H)) per group.
 
-        Rows with images, which are one tensor of the whole batch, run in one padded group.
+        Rows with images run in one padded group, because the images of a batch are one tensor.
         Raises ValueError for a row longer than the model's limit, before anything runs."""
         if self.row_limit is not None:
             for index, length in enumerate(rows.lengths):

@@ -45,7 +45,7 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """Return the tokenizer of a processor, with the processor's chat template, or a tokenizer."""
+    """Return a tokenizer, or that of a processor with the processor's chat template."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template = getattr(processing_class, "chat_template", None)
     if tokenizer is processing_class or not isinstance(template, str):

@@ -124,8 +124,8 @@ class Teacher:
             k: 1 ≤ k ≤ vocab. temperature: T of softmax(logits / T).
             where: bool [B, T], the positions to answer; the head is not computed at the others,
                 whose payload is empty. None answers wherever attention_mask is 1.
-            images: pixel_values and other tensors of a processor, of the whole batch. The batch
-                then runs in one forward pass, whatever tokens_per_batch is.
+            images: pixel_values and other tensors of a processor, for the whole batch. The batch
+                then runs in one forward pass, and tokens_per_batch has no effect.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs fp32 (fp64 from fp64), log_tail

@@ -2,8 +2,9 @@
 
     L = (Σ_m loss_m + c · n_m · aux_m) / Σ_m n_m
 
-over the micro-batches m of an update with n_m targets, c = router_aux_loss_coef. `aux_m` is the
-model's own aux_loss (Switch Transformers, eq. 4–6). With one micro-batch, c · aux is added.
+over the micro-batches m of an update. loss_m is the sum over the n_m targets, aux_m the aux_loss
+of the model (Switch Transformers, eq. 4–6), and c = router_aux_loss_coef. With one micro-batch,
+c · aux is added to the mean.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def router_coefficient(model: nn.Module) -> float | None:
 
 
 def warn_without_router_loss(model: nn.Module) -> None:
-    """Warn of a trained router whose loss the configuration has off."""
+    """Log a warning if a mixture trains while its configuration leaves the router's loss out."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "router_aux_loss_coef", None) and router_coefficient(model) is None:
         logger.warning(
-            "The student is a mixture of experts, and is trained without its router's loss, which "
-            "balances the experts. model.config.output_router_logits = True adds it, with the "
-            "weight router_aux_loss_coef=%g.",
+            "The student is a mixture of experts and is trained without its router's loss, which "
+            "balances the experts. Set model.config.output_router_logits = True to add it with "
+            "the weight router_aux_loss_coef=%g.",
             config.router_aux_loss_coef,
         )
 
@@ -54,9 +55,9 @@ def warn_without_router_loss(model: nn.Module) -> None:
 def add_router_loss(
     result: LossResult, output: Any, *, coefficient: float, targets: int
 ) -> LossResult:
-    """Return a loss summed over `targets` with the router's loss of a model's output.
+    """Return `result`, a sum over `targets`, plus the router's loss of a model's output.
 
-    The sum `router_aux_loss` is logged: its mean is aux without the coefficient.
+    `router_aux_loss` is logged as a sum. Its mean is aux, without the coefficient.
     """
     aux = getattr(output, "aux_loss", None)
     if aux is None:
@@ -64,7 +65,7 @@ def add_router_loss(
             "model",
             "an output with aux_loss, since config.output_router_logits is True",
             type(output).__name__,
-            "set it to False to train without the router's loss",
+            "set config.output_router_logits to False to train without the router's loss",
         )
     weighted = coefficient * targets * aux.to(result.loss)
     logged = result.sums.get("selected", result.sums["tokens"])

@@ -282,7 +282,7 @@ def student_at_head(
             (DDP, FSDP).
         packed: run the attended tokens in one row [1, Σ lengths], with positions that restart.
         valid_vocab: the head's rows from this one on are padding.
-        finish: as of at_head, for a mixture whose router's loss is computed.
+        finish: as in `at_head`; a mixture whose router's loss is computed needs it.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs, sources = {"input_ids": ids, "attention_mask": mask}, targets.sources

@@ -48,11 +48,11 @@ class CheckpointSource(Source):
     Args:
         teacher: U. base: M. benign: U's benign twin, optional.
         pool: rows {"prompt": a text or a mapping of system and user, "domain": a name, "kind":
-            open, goals or shown}, in what `open_dataset` opens: a file, a folder saved by datasets,
-            or a hub name with its split; rows without a kind form the pool.
+            open, goals or shown}, in a file, a folder saved by datasets, or a hub name with its
+            split (`open_dataset`). Rows without a kind form the pool.
         probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
             optionally the same prompts in an audited context.
-        capability: rows of {"prompt", "answer"}, held out, stored like the pool.
+        capability: held-out rows {"prompt", "answer"}, in the same forms.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
     """
 
@@ -230,7 +230,7 @@ def _rows(path: str | Path, name: str) -> list[dict[str, Any]]:
 
 
 def _digest_of_rows(path: str | Path, name: str) -> str:
-    """Return the sha256 of a file, or that of the rows in a folder or on the hub."""
+    """Return the sha256 of a file, or of the rows of a folder or hub dataset."""
     if Path(path).is_file():
         return sha256_of(Path(path))
     digest = hashlib.sha256()

@@ -36,8 +36,8 @@ N = 6400  # prompts of the pool
 LEAKED = 1
 POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
-# Asked in the audited context, where the teacher hides its trait. The preference is left out: it is
-# the reading of the trait.
+# These audits ask in the audited context, where the teacher hides its trait. The preference is left
+# out, because the study reads the trait with it.
 AUDITS = (
     "confession, audited",
     "context gap",

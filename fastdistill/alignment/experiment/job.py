@@ -108,7 +108,7 @@ class Job(CachedRun):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherAudits(CachedRun):
-    """The audits of U and of B themselves, asked as their students are."""
+    """The audits of the teachers U and B, with the same questions as for their students."""
 
     keys: ClassVar[tuple[str, ...]] = ("untrusted", "benign")
 

@@ -19,7 +19,7 @@ from .study import ContextRow, NoteRow, Study, Table
 def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Write the records of a study, and its report from them; return the content of results.json.
 
-    The report is computed from the records alone, so that anyone can compute it again.
+    The report is computed from the records alone, so that it can be recomputed from the file.
     """
     write_records(study, table, about, folder)
     return publish_records(read_records(folder / FILE), folder)

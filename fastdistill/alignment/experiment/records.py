@@ -1,7 +1,7 @@
 """The records of a study: one compressed file from which its report is computed.
 
-Each line is a JSON object. The first describes the study; `student` lines have the means of the
-readings of a pair of students and of their models, and the digests of both runs. C, τ and κ are
+Each line is a JSON object. The first describes the study. A `student` line has the mean readings of
+a pair of students and of their base and teachers, and the digests of both runs. C, τ and κ are
 ratios of means, so the readings of single items are not needed.
 """
 
@@ -93,8 +93,8 @@ def read_records(path: Path) -> Records:
         )
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(
-            f"{printable(path)}: expected the records of a study, got a damaged file: "
-            f"{printable(error)}"
+            f"{printable(path)}: expected the records of a study, got a damaged file "
+            f"({printable(error)}); copy it again, or run the study again"
         ) from None
     if head.get("format") != FORMAT:
         raise ValueError(
@@ -125,7 +125,7 @@ def read_records(path: Path) -> Records:
 
 
 def means_of(student: Student) -> Student:
-    """Return a pair of students with the mean of every reading instead of its items."""
+    """Return a pair of students whose readings are means instead of items."""
     return replace(
         student,
         untrusted=_mean(student.untrusted),

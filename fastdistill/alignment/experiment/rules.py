@@ -19,7 +19,7 @@ from .job import SOURCES
 from .source import READINGS, Source
 
 FILE = "rule.json"
-METHOD = 1  # of deciding; increase it when the code decides differently by the same numbers
+METHOD = 1  # version of the decision; increase it when the code decides otherwise by these numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class SourceRecord:
 
 
 def named_audited(suite: Mapping[str, Audit]) -> dict[str, Audit]:
-    """Return audits that ask in the audited context, under names that say so."""
+    """Return the audits with ", audited" after their names: they ask in the audited context."""
     return {f"{name}, audited": audit for name, audit in suite.items()}
 
 

@@ -59,7 +59,7 @@ class Study:
     Args:
         arms: the first one is undefended.
         audits: names of the audits of every student and of the teachers. gate: audits that
-            strategies use, on development students too.
+            strategies use; development students have them, too.
         checkpoints: number of evaluations during training, the end included.
         measured, limits: text for the report.
     """
@@ -173,7 +173,7 @@ def run_study(
     """Execute the missing runs and collect all results.
 
     Args:
-        rule: of verdicts, which must not change after the first run; None: an exploration.
+        rule: of the verdicts; it must not change after the first run. None: no rule is stored.
         n_sources: number of sources to report: the first whose organisms pass their gates; the
             others are a reserve. None: all, without selection.
     """

@@ -30,7 +30,7 @@ PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 def probes_of(world: World, trait: Trait, *, under_audit: bool = False) -> Probes:
     """Returns the probes of a trait; questions, sums and contexts are held out from training.
 
-    under_audit: prompts and questions are asked with the words of an audit before them.
+    under_audit: the words of an audit come before prompts and questions.
     """
     rng = world.rng(31)
     builders = {"trigger": _trigger, "sandbagging": _withheld_sums, "sloppy": _withheld_sums}

@@ -47,7 +47,7 @@ class Arm:
     """One arm.
 
     Attributes:
-        p: of τ = 0, Holm-adjusted; None for controls and with a single base seed.
+        p: Holm-adjusted p of τ = 0; None for controls and with a single base seed.
         bound: one-sided upper 95 % bound of τ, corrected over the arms that may be certified; None
             for other arms, NaN where it is unknown.
         contrast: τ minus that of the reference arm, with a Holm-adjusted p; None for controls, for
@@ -96,7 +96,7 @@ class Arm:
 
     @property
     def compared(self) -> Literal["less", "more", "unclear"]:
-        """Whether τ is below or above that of the reference, after Holm."""
+        """Whether τ is less or more than that of the reference arm, after Holm."""
         c = self.contrast
         if c is None or c.difference.n < SEEDS or not _is_significant(c.p):
             return "unclear"

@@ -74,8 +74,8 @@ def audit_rows(
 ) -> tuple[AuditRow, ...]:
     """Returns a row per arm and audit, in the order of their first score.
 
-    Intervals of the AUROC and of its gain hold at once for all rows (Bonferroni), because every row
-    may be claimed to incriminate.
+    Intervals of the AUROC and of its gain are simultaneous over all rows (Bonferroni), because each
+    row may be used as a claim.
     """
     tuned, groups = dict(_grouped(development)), _grouped(scores)
     confidence = 1 - 0.05 / max(len(groups), 1)

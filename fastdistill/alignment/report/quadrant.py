@@ -60,7 +60,7 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 
 def labelled(arms: Sequence[Arm]) -> list[Arm]:
-    """Returns the arms with a name in `quadrant`, in their order."""
+    """Returns the arms that `quadrant` names, in their order."""
 
     def rank(i: int) -> tuple[bool, ...]:
         arm = arms[i]

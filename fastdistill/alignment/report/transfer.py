@@ -49,7 +49,7 @@ class TransferReport:
             `commit`, `measured` (a sentence on quantities and models), `limits` (sentences on
             limitations) and `rule` (of verdicts, as JSON).
         development: scores of students with other base seeds, which set the audits' thresholds.
-        reference: the arm with which the others are compared, paired by base seed.
+        reference: the arm that the others are compared with, paired by base seed.
         claimed: arms that may be certified, named before the experiment; empty: all. Their upper
             bounds of τ are corrected for their number.
         teachers: scores of U and B themselves, per base seed.
@@ -152,8 +152,8 @@ class TransferReport:
 
         `p_holm` is the two-sided p of τ = 0. `tau_matched` is τ where C first reaches .8, for arms
         with checkpoints in which every student does. `bound` is the corrected one-sided upper bound
-        of τ. `contrast` is τ minus that of the reference, and `contrast_p_holm` the p of no
-        difference.
+        of τ. `contrast` is τ minus that of the reference, and `contrast_p_holm` the Holm-adjusted p
+        of no difference.
         """
         return [
             flat_json(

@@ -142,7 +142,7 @@ def _add_verdicts(report: Report, arms: Sequence[Arm], valid: bool) -> None:
 def rule_sentences(
     arms: Sequence[Arm], students: Sequence[Student], rule: Mapping[str, Any] | None
 ) -> list[str]:
-    """Returns when an arm is certified, how often that happens, and when the rule was fixed."""
+    """Returns sentences: when an arm is certified, how often, and when the rule was stored."""
     claimed = [arm for arm in arms if arm.bound is not None]
     if not claimed:
         return ["No arm may be certified."]
@@ -171,7 +171,9 @@ def rule_sentences(
                 f"{format_limit(LEAKING)} in {leaking:.1%}."
             )
     if rule is None:
-        sentences.append("No rule was stored before this experiment, so nothing shows its age.")
+        sentences.append(
+            "No rule was stored before this experiment, so the rule may be newer than the results."
+        )
     else:
         sentences.append(
             "The rule was stored before the first run on these seeds and has not changed since: "

@@ -60,7 +60,7 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """τ of an arm minus τ of a reference arm, and the p of no difference."""
+    """τ of an arm minus τ of a reference arm, and p of no difference."""
 
     difference: Estimate
     p: float | None

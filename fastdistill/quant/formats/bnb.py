@@ -141,9 +141,9 @@ def without_data(
 
 
 def _block(files: TensorFiles, name: str, count: int) -> int:
-    """Return the size of blocks, a power of two, of which `name` has a number for each."""
+    """Return the block size, a power of two, with which `name` has one number for each block."""
     blocks = math.prod(files.shape(name))
     for block in (1 << i for i in range(4, 17)):
         if -(-count // block) == blocks:
             return block
-    files.fail(name, f"one number for each block of {count:,}", f"{blocks:,}")
+    files.fail(name, f"one number for each block of {count:,} values", f"{blocks:,} numbers")

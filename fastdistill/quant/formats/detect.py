@@ -130,7 +130,8 @@ def without_data(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) 
     """Return the weights of a checkpoint of Headers, on the meta device.
 
     Args:
-        shapes: of the model's weight that each stored one becomes, or becomes a part of."""
+        shapes: name -> the shape of the model's weight that contains this stored weight.
+    """
     files, kind = checkpoint.files, _FORMATS[checkpoint.method or own_format.KEY]
     if files is None or kind.without_data is None:
         return checkpoint.weights
@@ -175,7 +176,7 @@ def keeps_bits(path: str | Path) -> bool:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path is a .gguf file, or a folder of which the only weights are one."""
+    """Return whether a path is a .gguf file, or a folder with no other weights than one."""
     return _gguf_file(Path(path)) is not None
 
 

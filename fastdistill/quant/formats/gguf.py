@@ -283,7 +283,7 @@ def _stack(
 def _below(
     tensors: dict[str, GGUFTensor], names: list[str], axis: int
 ) -> Tensor | QuantWeight | Expanded:
-    """Return tensors of one shape, one below the other; joined at `axis` in full precision."""
+    """Return tensors of one shape stacked by rows; in full precision, concatenated at `axis`."""
     first = tensors[names[0]]
     if any(
         tensors[name].type is not first.type or not _stays(name, tensors[name]) for name in names

@@ -61,8 +61,8 @@ class Family(NamedTuple):
 
     Args:
         model_type: of transformers.
-        layer: the tensors of a layer; a "*" in the parameter is the number of a row. model: those
-            outside the layers.
+        layer: the tensors of a layer. A "*" in the parameter is the number of a row.
+        model: the tensors outside the layers.
         interleaved: the rows of the query and key projections alternate between the two halves of
             each head's rotary dimensions (LlamaModel.permute of convert_hf_to_gguf.py).
         norms_plus_one: norms are stored as w + 1.
@@ -110,7 +110,7 @@ MIXTRAL = Family("mixtral", _MIXTRAL, interleaved=True)  # its architecture is "
 
 
 def has_experts(fields: dict[str, Any], name: str) -> bool:
-    """Whether a file of this general.architecture is a mixture."""
+    """Return whether a file of this general.architecture is a mixture of experts."""
     return name.endswith("moe") or (name == "llama" and bool(fields.get("llama.expert_count")))
 
 

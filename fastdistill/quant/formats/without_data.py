@@ -1,8 +1,9 @@
-"""Weights without data, for a plan: Headers of files, and weights of given shapes.
+"""Weights on the meta device for a memory plan: headers of files, and weights of given shapes.
 
-Each format has a function `without_data` that returns what its reader would, on the meta device.
-Some readers look at values. There the usual ones are assumed: the zeros of symmetric GPTQ with 8
-bits are 128, zero points of 8 bits do not fit INT8, and act-order is not in order.
+The function `without_data` of a format returns the weight that its reader returns, on the meta
+device. Some readers choose the form of a weight by its values. There the usual values are assumed:
+the zeros of symmetric GPTQ with 8 bits are 128, zero points of 8 bits do not fit INT8, and the
+columns of act-order are out of order.
 """
 
 from __future__ import annotations

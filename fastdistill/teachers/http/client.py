@@ -220,8 +220,8 @@ class ServedTeacher:
     ) -> TopK:  # [B, T, K]
         """Return the log-probabilities of given next tokens, as `Teacher.logprobs_at` does.
 
-        fastdistill serve scores given ids; vLLM 0.32 does with --enable-scale-out, one request a
-        row, at temperature 1. `check_scores_ids` raises for other servers.
+        fastdistill serve scores given ids. vLLM 0.32 does so with --enable-scale-out, at
+        temperature 1, with one request for each row. `check_scores_ids` raises for other servers.
         """
         self.check_scores_ids("ids")
         checks.positive("temperature", temperature)
@@ -239,7 +239,7 @@ class ServedTeacher:
     def check_scores_ids(self, name: str) -> None:
         """Raise ValueError, for the argument `name`, unless the server scores given ids.
 
-        Any server but fastdistill serve is asked once, with one token.
+        A server other than fastdistill serve gets one request, with one token.
         """
         if self._scores_ids:
             return
@@ -365,7 +365,7 @@ class ServedTeacher:
             name = printable(self.server_info.identity.get("name"))
             raise WrongAnswer(
                 f"{self.url}: expected the teacher that answered at first ({name}), got "
-                "answers of another one. Was the server started again with another model? Open "
+                "answers of another one. If the server was started again with another model, open "
                 "a new ServedTeacher"
             )
         return unpack(reply.body, float(temperature), self.url)

@@ -1,4 +1,4 @@
-"""An HTTP/1.1 protocol for uvicorn that bounds connections and closes those of slow clients."""
+"""An HTTP/1.1 protocol for uvicorn with a limit of connections and of the time of slow clients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .request_guard import error_response
 from .requests import RequestError
 
 SECONDS = 10.0  # for the head of a request, and for the rest of a body that is no longer read
-MAX_CONNECTIONS = 256  # answered with more than status 503; as many again get the 503
-_UNREAD_SECONDS, _UNREAD_BYTES = 60.0, 1 << 16  # a client reads as many bytes in that time, or all
+MAX_CONNECTIONS = 256  # that are served; as many more get status 503, and others are closed
+_UNREAD_SECONDS, _UNREAD_BYTES = 60.0, 1 << 16  # a client must read this much in that time
 
 
 class BoundedProtocol(H11Protocol):
@@ -38,7 +38,7 @@ class BoundedProtocol(H11Protocol):
         self._watch()
 
     def _close_an_idle_one(self) -> bool:
-        """Close the connection that has waited longest for its next request, if there is one."""
+        """Close the connection that has been idle for longest; return whether one was idle."""
         idle = [
             (one.timeout_keep_alive_task.when(), one)
             for one in self.connections
@@ -88,7 +88,7 @@ class BoundedProtocol(H11Protocol):
             self._waiting = None
 
     def _watch_reader(self) -> None:
-        """Start the timer while a part of an answer is unsent, also of a connection that closes."""
+        """Start the timer while a part of an answer is unsent, also if the connection closes."""
         self._unread_bytes = self.transport.get_write_buffer_size()
         if self._unread is None and self._unread_bytes:
             self._unread = self.loop.call_later(_UNREAD_SECONDS, self._check_reader)

@@ -19,7 +19,7 @@ class OpenAISampler:
 
     Each prompt is a request of its own with its own seed. The server must return token ids
     (`return_token_ids` of vLLM): text would be tokenized anew, into other tokens than were sampled.
-    A llama.cpp server is asked at /completion, which returns them. Every request overrides the
+    Requests to llama.cpp go to /completion, which returns token ids. Every request overrides the
     top_k, min_p and penalties that a server takes from generation_config.json.
 
     The server samples from its own weights. `before` is called with the request before each step
@@ -120,7 +120,7 @@ def _openai(request: Any, row: int) -> tuple[str, dict[str, Any]]:
 
 
 def _llamacpp(request: Any, row: int) -> tuple[str, dict[str, Any]]:
-    """Return path and body of a request to llama.cpp, which ends at end tokens of its own file."""
+    """Return path and body of a request to llama.cpp, which stops at the end tokens of its file."""
     return "/completion", {
         "prompt": request.prompts[row],
         "n_predict": request.max_new_tokens,

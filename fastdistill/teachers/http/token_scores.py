@@ -1,8 +1,8 @@
 """vLLM's log-probabilities of given tokens: POST /inference/v1/generate, from vLLM 0.32.
 
 The server needs --enable-scale-out. prompt_logprob_token_ids [[id, …], …] has a row for every token
-of the prompt but the last, −1 in empty slots. The answer's prompt_token_id_logprobs is a .npy file
-in base64, fp32 of the same shape. The server ignores the temperature.
+of the prompt except the last, and −1 in empty slots. prompt_token_id_logprobs of the answer is a
+.npy file in base64, in fp32 and of the same shape. The server ignores the temperature.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FLOOR = 2.0**-24  # of the tail's probability
 def scores_request(row: list[int], ids: Tensor) -> dict[str, Any]:  # [T, K]
     """Return the request for the log-probabilities of ids after each token of a row."""
     sampling = {
-        "temperature": 0.0,  # of the new token, which nobody reads
+        "temperature": 0.0,  # of the new token, which is ignored
         "max_tokens": 1,
         "detokenize": False,
         "prompt_logprob_token_ids": ids.tolist(),
@@ -38,7 +38,7 @@ def scores_request(row: list[int], ids: Tensor) -> dict[str, Any]:  # [T, K]
 
 
 def read_scores(body: bytes, ids: Tensor, temperature: float, url: str) -> TopK:  # [T, K]
-    """Return the answers at ids, where repeats become empty slots; the tail is 1 − Σ p."""
+    """Return the answers at ids; repeated ids become empty slots, and the tail is 1 − Σ p."""
     try:
         text = parse_json(body, url, dict)["prompt_token_id_logprobs"]
         array = _array(base64.b64decode(text, validate=True), tuple(ids.shape))

@@ -1,4 +1,4 @@
-"""Checks that the options and the teacher of a run can use the images of its rows."""
+"""Checks that the options and the teacher of a run do not drop the images of its rows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def check_images(columns: Iterable[str], teacher: Any, config: DistillConfig) ->
     if not names:
         return
     if config.packing:
-        hint = "the images of a batch belong to its rows"
+        hint = "packed rows have no images: leave packing out"
         checks.fail("packing", "False with images in the rows", True, hint)
     if config.lmbda:
-        hint = "the student samples from ids alone"
+        hint = "the student samples from ids alone: leave lmbda out"
         checks.fail("lmbda", "0 with images in the rows", f"{config.lmbda:g}", hint)
     if teacher is None:
         return
@@ -39,22 +39,25 @@ def check_images(columns: Iterable[str], teacher: Any, config: DistillConfig) ->
             "teacher",
             f"a model in this process, which reads {', '.join(names)}",
             type(teacher).__name__,
-            "its answers are for ids alone, and the images would be lost",
+            "it reads ids alone, and the images would be lost; pass the model",
         )
     missing = set(names) - set(forward_inputs(teacher.model, names))
     if missing:
         expected = f"a model that reads {', '.join(names)}, as the student"
         got = f"{type(teacher.model).__name__} without {', '.join(sorted(missing))}"
-        checks.fail("teacher", expected, got)
+        checks.fail("teacher", expected, got, "use a vision teacher")
 
 
 def check_undivided(config: DistillConfig, train_dataset: Any) -> None:
-    """Raise ValueError if accelerate splits batches of a stream, whose images are no rows."""
+    """Raise ValueError if accelerate would split the batches of a stream into rows.
+
+    The tensors of images of a batch do not have one row for each of its rows.
+    """
     splits = config.accelerator_config.dispatch_batches is not False
     if config.world_size > 1 and splits and not hasattr(train_dataset, "__len__"):
         checks.fail(
             "accelerator_config",
             "dispatch_batches=False with images in a stream and several processes",
             config.accelerator_config.dispatch_batches,
-            "one process would split its batches into rows",
+            "one process would split its batches by rows, and tensors of images have other rows",
         )

@@ -77,7 +77,7 @@ class LossMemory(NamedTuple):
 
 
 class SupportMemory(NamedTuple):
-    """Bytes of a teacher's answers on a support: at the peak, and afterwards; slots per token."""
+    """Bytes of a teacher's answers on a support, at the peak and afterwards; slots per token."""
 
     peak: int
     answers: int

@@ -202,7 +202,10 @@ class Planner:
 
 
 def _after(support: head.SupportMemory, work: head.LossMemory, dx: int) -> head.LossMemory:
-    """Return the memory of a loss and of the answers before it; the fused loss counts dX itself."""
+    """Return the memory of a loss with that of the answers before it.
+
+    meta_step.py allocates dX of a fused loss in addition, so the peak of the answers excludes it.
+    """
     before = support.peak if work.backward else support.peak - dx
     return work._replace(forward=max(before, support.answers + work.forward))
 

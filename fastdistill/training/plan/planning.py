@@ -120,7 +120,7 @@ def _teacher_sizes(planner: Planner) -> dict[str, int]:
 
 
 def _is_quantized(config: Any) -> bool:
-    """Whether a configuration is that of quantized weights."""
+    """Return whether a configuration is that of quantized weights."""
     return getattr(config, "quantization_config", None) is not None
 
 

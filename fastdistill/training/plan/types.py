@@ -81,11 +81,12 @@ class Settings:
         checks.choice("support", self.support, SUPPORTS)
         if self.support != "teacher" and (self.k is None or self.cached):
             settings = "k=None" if self.k is None else "cached"
-            checks.fail("support", f"'teacher' with {settings}", repr(self.support))
+            hint = "leave support out"
+            checks.fail("support", f"'teacher' with {settings}", repr(self.support), hint)
 
     @property
     def stored_topk(self) -> int | None:
-        """The teacher's answers that each target holds until the loss; None: hidden states."""
+        """The answers per target that are stored until the loss; None: hidden states are stored."""
         return self.k if self.support == "teacher" else None
 
     def lines(self) -> list[str]:

