@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -75,5 +76,5 @@ def provide(available: Callable[[], CPUKernels | None]) -> None:
 
 
 def cpu_kernels() -> CPUKernels | None:
-    """Return the kernels of this process, or None."""
-    return _available()
+    """Return the kernels of this process; None while torch.compile traces: a graph has none."""
+    return None if torch.compiler.is_compiling() else _available()

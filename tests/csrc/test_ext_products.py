@@ -184,6 +184,18 @@ def test_a_loss_with_and_without_the_kernels(monkeypatch, dtype, backward):
             assert relative(got, wanted) < GRADIENT[dtype]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_one_graph_of_the_k_best_tokens():
+    """`linear_topk` is no operator: torch.compile traces it, and cannot call the kernels."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(fd.linear_topk, fullgraph=True, backend="eager")
+    traced, eager = compiled(hidden, weight, 5), fd.linear_topk(hidden, weight, 5)
+    assert torch.equal(traced.ids, eager.ids)
+    assert torch.allclose(traced.logprobs, eager.logprobs, atol=1e-5)
+
+
 def gradients(hidden: Tensor, weight: Tensor, teacher: fd.TopK, *, backward: str) -> list[Tensor]:
     x, w = (t.clone().requires_grad_() for t in (hidden, weight))
     loss = fd.topk_distill_loss(x, w, teacher, temperature=T, backward=backward)
