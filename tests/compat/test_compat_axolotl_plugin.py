@@ -71,13 +71,13 @@ def yaml_file(tmp_path):
 
 
 def train(path):
-    """What `axolotl train` does with a file."""
+    """Runs what `axolotl train` runs with a file."""
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
     from axolotl.integrations.base import PluginManager
     from axolotl.train import train as run
 
-    PluginManager.get_instance().plugins.clear()  # it is one for the whole process
+    PluginManager.get_instance().plugins.clear()  # the process has one
     cfg = load_cfg(path)
     return run(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
 

@@ -1,4 +1,4 @@
-"""speculators' losses: over heads as over logits, by formulas in fp64, and against speculators."""
+"""The losses of speculators, from heads and from logits, against fp64 formulas and speculators."""
 
 import math
 from functools import partial

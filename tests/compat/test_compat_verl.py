@@ -92,7 +92,7 @@ def settings(verl, mode, **options):
 
 
 def loss_of(step, batch, logits):
-    """What verl's FSDP engine and its loss make of the logits [T, V] of a packed row."""
+    """Returns what verl's FSDP engine and loss compute from the logits [T, V] of a packed row."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
     engine = object.__new__(FSDPEngineWithLMHead)

@@ -16,7 +16,7 @@ SHAPES = [(7, 5, 67, 3), (1, 1, 9, 8), (4, 9, 9, 4)]
 
 
 def dense(logits, teacher, divergence):
-    """The definition, with the tail as 1 − Σ in fp64."""
+    """Returns the loss by its definition, with the tail 1 − Σ in fp64."""
     outcomes = []
     for logprobs in (teacher.logprobs.double(), logits.log_softmax(-1).gather(-1, teacher.ids)):
         rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=1e-300)
@@ -59,7 +59,7 @@ def test_it_is_the_loss_of_hidden_states(divergence):
 
 
 def test_a_repeated_id_is_one_outcome():
-    """As in rows that a framework pads with one token."""
+    """Frameworks pad rows with one repeated token."""
     logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     once = TopK(torch.tensor([[4, 7]]).expand(3, 2), torch.tensor([[0.6, 0.3]]).log().expand(3, 2))
     twice = TopK(

@@ -62,7 +62,7 @@ def shot(tmp_path, page, width, height, scheme):
 
 
 def coarse(picture, cells=12):
-    """Mean colours over a grid, so that the browser's way of scaling does not matter."""
+    """Mean colors over a grid, so that the browser's way of scaling does not matter."""
     rows, columns = (np.array_split(np.arange(n), cells) for n in picture.shape[:2])
     return np.array([[picture[np.ix_(r, c)].mean((0, 1)) for c in columns] for r in rows])
 

@@ -66,7 +66,7 @@ def build(family: str, **changes):
     model = AutoModelForCausalLM.from_config(config).eval()
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
-        torch.nn.init.normal_(bias)  # zero at initialisation, where a lost bias would not show
+        torch.nn.init.normal_(bias)  # zero at initialization, where a lost bias would not show
     return model
 
 

@@ -20,7 +20,7 @@ from fastdistill.training.trainer import DistillTrainer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-STEPS = 2  # in the second one the optimiser's state is there from the start
+STEPS = 2  # in the second one the optimizer's state is there from the start
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config}
 
 

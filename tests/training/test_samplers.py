@@ -91,7 +91,7 @@ def test_a_server_samples(tmp_path):
     assert seen[0]["return_token_ids"] is True
     assert seen[0]["max_tokens"] == 4
     assert all(isinstance(token, int) for body in seen for token in body["prompt"])
-    # Else vLLM takes them from generation_config.json.
+    # Otherwise vLLM takes them from generation_config.json.
     assert seen[0]["top_k"] == -1
     assert seen[0]["min_p"] == 0
     assert seen[0]["repetition_penalty"] == 1

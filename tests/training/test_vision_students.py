@@ -1,4 +1,4 @@
-"""Vision students: images reach the student and an in-process teacher, and nothing loses them."""
+"""Vision students: the student and a teacher in the process read the images of every row."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_an_agent_audits_a_model(tmp_path):
     calls = [ModelOutput.for_tool_call("mockllm", "audit_model", call) for call in CALLS]
     end = ModelOutput.from_content("mockllm", "done")
     for output in (*calls, end):
-        output.usage = ModelUsage()  # else the mock model downloads a tokenizer to count
+        output.usage = ModelUsage()  # without it, the mock model downloads a tokenizer
     log = inspect_ai.eval(
         inspect_ai.Task(dataset=[Sample(input="audit it")], solver=[use_tools(tool), generate()]),
         model=get_model("mockllm/model", custom_outputs=[*calls, end]),

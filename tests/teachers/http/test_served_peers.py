@@ -1,4 +1,4 @@
-"""fastdistill serve as openai-python and lm-eval see it."""
+"""openai-python and lm-eval as clients of fastdistill serve."""
 
 from __future__ import annotations
 
