@@ -249,6 +249,8 @@ def token_loss_forward(
     cols = _columns(gathered, teacher, label_N, tail)
     if options.is_combined:
         D = _combined(cols, options).D
+        if tail == "renorm_both":  # a row without ids has no outcome
+            D = D.masked_fill(cols.empty.all(-1), 0.0)
     elif isinstance(options.divergence, str):
         rule = resolve(options.divergence, options.beta, options.skew)
         phi = rule.phi(cols.lp, cols.lq)

@@ -92,11 +92,11 @@ def to_teacher_rows(
 ) -> TeacherRows:
     """Flatten a checked TopK; rows outside mask_N become empty slots."""
     K = teacher.ids.shape[-1]
-    ids = teacher.ids.detach().reshape(-1, K).long()
+    ids = teacher.ids.detach().reshape(-1, K).long().contiguous()
     if mask_N is not None:
         ids = torch.where(mask_N.unsqueeze(-1), ids, -1)
     floor = floor_of(dtype)
-    lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
+    lp = teacher.logprobs.detach().reshape(-1, K).to(dtype).contiguous()
     lp = lp.clamp(min=floor, max=0.0).masked_fill_(ids < 0, floor)
     is_traced = torch.compiler.is_compiling()  # the compiler fuses PyTorch's operators
     merge = merge_answers if is_traced else get_backend(options.impl).merge_answers
@@ -116,8 +116,11 @@ def to_teacher_rows(
 
 def only_argmax(teacher: TopK) -> TopK:
     """Return answers with all mass on the most probable id; an empty answer stays empty."""
-    lp = teacher.logprobs.detach().masked_fill(teacher.ids < 0, -torch.inf)
-    ids = teacher.ids.gather(-1, lp.argmax(-1, keepdim=True))
+    all_ids, lp = teacher.ids.flatten(0, -2), teacher.logprobs.detach().flatten(0, -2).float()
+    lp = lp.masked_fill(all_ids < 0, -torch.inf).clamp(min=floor_of(lp.dtype))
+    merged, lp, _ = merge_answers(all_ids.long(), lp)
+    best = lp.masked_fill(merged < 0, -torch.inf).argmax(-1, keepdim=True)
+    ids = merged.gather(-1, best).view(*teacher.ids.shape[:-1], 1)
     logprobs = torch.zeros_like(ids, dtype=torch.float32)
     log_tail = logprobs[..., 0].masked_fill(ids[..., 0] >= 0, -torch.inf)
     return TopK(ids, logprobs, log_tail, teacher.temperature)

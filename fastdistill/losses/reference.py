@@ -107,6 +107,8 @@ def divergence(
 ) -> Tensor:
     """D(p, q) [N] over the last dimension."""
     name = _named(name, beta, skew)
+    if name == "argmax_ce":
+        return -q.gather(-1, p.argmax(-1, keepdim=True))[..., 0].log()
     if name in ("nla", "lk_hybrid"):
         overlap = torch.minimum(p, q).sum(-1)
         if name == "nla":
