@@ -184,6 +184,13 @@ def test_a_loss_with_and_without_the_kernels(monkeypatch, dtype, backward):
             assert relative(got, wanted) < GRADIENT[dtype]
 
 
+def test_a_loss_does_not_use_the_emulated_product(use):
+    for isa in ISAS:
+        use(isa)
+        uses = present(compiled.available()).new_product is not None
+        assert uses == (NAMES[isa] in ("avx512_bf16", "amx_bf16"))
+
+
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_one_graph_of_the_k_best_tokens():
     """`linear_topk` is no operator: torch.compile traces it, and cannot call the kernels."""
