@@ -1,4 +1,4 @@
-"""Write a study's records, and from them results.json, report.html and quadrant.png."""
+"""Write the records of a study, and from them results.json, report.html and two pictures."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class Reader:
     ids=["reads", "reads a little", "reads nothing"],
 )
 def test_a_reader_has_time_while_it_reads(left, aborted):
-    """So it is if the whole answer takes longer, or is in the buffer of a closing connection."""
+    """Also if the whole answer takes longer, or is in the buffer of a closing connection."""
     reader: Any = Reader(500_000)
     connection: Any = protocol.BoundedProtocol(
         uvicorn.Config(protocol._refuse), ServerState(), {}, reader
