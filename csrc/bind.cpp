@@ -256,6 +256,13 @@ void softmax_columns(int isa, int threads, uintptr_t u, int64_t rows, int64_t n,
                           at<float>(factor));
 }
 
+void sum_remainders(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, int64_t stride,
+                    uintptr_t sums) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(rows >= 0 && n >= 0 && stride >= n, "sum_remainders needs rows, n >= 0 and stride >= n");
+  kernels.sum_remainders(threads, at<float>(u), rows, n, stride, at<float>(sums));
+}
+
 // -1 stands for the model of the tiles, which every CPU runs.
 const fastdistill::ProductKernels& product_of(int isa, int threads) {
   if (isa == -1) return fastdistill::kTileModel;
@@ -346,6 +353,9 @@ PYBIND11_MODULE(_ext, m) {
       "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "moments"_a, "top"_a, "sums"_a);
   def("softmax_columns", &softmax_columns, "u [rows, n] = e^(u * inv_T - lse) * factor * (1 - (u * inv_cap)^2) in place.",
       "u"_a, "rows"_a, "n"_a, "stride"_a, "inv_T"_a, "inv_cap"_a, "lse"_a, "factor"_a);
+  def("sum_remainders", &sum_remainders,
+      "sums [n] += u - bf16(u), summed over the rows of u [rows, n].", "u"_a, "rows"_a, "n"_a,
+      "stride"_a, "sums"_a);
   m.def("has_bf16_gemm", &has_bf16_gemm, "Whether an instruction set multiplies bf16 operands; -1 is the model of AMX's tiles.",
         "isa"_a);
   def("bf16_scratch", &bf16_scratch, "Bytes of scratch memory of bf16_gemm, aligned to 64.", "N"_a,

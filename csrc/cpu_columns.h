@@ -92,5 +92,20 @@ inline void softmax_columns(int threads, float* u, int64_t rows, int64_t n, int6
   });
 }
 
+// sums += what rounding u to bf16 takes away, summed over each column.
+inline void sum_remainders(int threads, const float* u, int64_t rows, int64_t n, int64_t stride,
+                           float* sums) {
+  each_column_vector(threads, n, [&](int64_t c, int64_t lanes) {
+    F32 total = load_upto(sums + c, lanes);
+    for (int64_t row = 0; row < rows; ++row) {
+      const F32 x = load_upto(u + row * stride + c, lanes);
+      bf16 half[kLanes];
+      store(half, x);
+      total = total + (x - load(half));
+    }
+    store_upto(sums + c, total, lanes);
+  });
+}
+
 }  // namespace FASTDISTILL_ISA
 }  // namespace fastdistill

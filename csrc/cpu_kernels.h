@@ -73,6 +73,9 @@ struct Kernels {
   // u = e^(u * inv_T - lse) * factor * (1 - (u * inv_cap)^2) in place, lse and factor [n].
   void (*softmax_columns)(int threads, float* u, int64_t rows, int64_t n, int64_t stride,
                           float inv_T, float inv_cap, const float* lse, const float* factor);
+  // sums [n] += u - bf16(u), summed over the rows of u [rows, n].
+  void (*sum_remainders)(int threads, const float* u, int64_t rows, int64_t n, int64_t stride,
+                         float* sums);
   double (*peak)(int threads, int64_t repeats);  // operations done, all in registers; or null
   ProductKernels bf16;  // null without instructions for it
 };

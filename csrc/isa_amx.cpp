@@ -51,6 +51,7 @@ const Kernels kAmxKernels = {
     amx::lse_topk,
     amx::sum_columns,
     amx::softmax_columns,
+    amx::sum_remainders,
     amx::peak,
     {amx::tile_gemm, amx::tile_scratch},
 };

@@ -42,6 +42,7 @@ const Kernels kAvx2Kernels = {
     avx2::lse_topk,
     avx2::sum_columns,
     avx2::softmax_columns,
+    avx2::sum_remainders,
     nullptr,
     {nullptr, nullptr},
 };

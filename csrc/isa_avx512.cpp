@@ -47,6 +47,7 @@ const Kernels kAvx512Kernels = {
     avx512::lse_topk,
     avx512::sum_columns,
     avx512::softmax_columns,
+    avx512::sum_remainders,
     nullptr,
     {nullptr, nullptr},
 };

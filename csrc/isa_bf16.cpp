@@ -50,6 +50,7 @@ const Kernels kBf16Kernels = {
     bf16_isa::lse_topk,
     bf16_isa::sum_columns,
     bf16_isa::softmax_columns,
+    bf16_isa::sum_remainders,
     bf16_isa::peak,
     {bf16_isa::bf16_gemm, bf16_isa::bf16_scratch},
 };

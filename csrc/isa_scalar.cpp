@@ -16,6 +16,7 @@ const Kernels kScalarKernels = {
     scalar::lse_topk,
     scalar::sum_columns,
     scalar::softmax_columns,
+    scalar::sum_remainders,
     nullptr,
     {scalar::bf16_gemm, scalar::bf16_scratch},
 };

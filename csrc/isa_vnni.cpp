@@ -48,6 +48,7 @@ const Kernels kVnniKernels = {
     vnni::lse_topk,
     vnni::sum_columns,
     vnni::softmax_columns,
+    vnni::sum_remainders,
     vnni::peak,
     {nullptr, nullptr},
 };

@@ -50,6 +50,12 @@ class SoftmaxColumns(Protocol):
     ) -> None: ...
 
 
+class SumRemainders(Protocol):
+    """sums += Σ_v u − bfloat16(u); u: [v, n], sums: [n]."""
+
+    def __call__(self, u: Tensor, sums: Tensor) -> None: ...
+
+
 class CPUKernels(NamedTuple):
     """The compiled kernels of a CPU. sum_columns and softmax_columns take fp32.
 
@@ -59,6 +65,7 @@ class CPUKernels(NamedTuple):
 
     sum_columns: SumColumns
     softmax_columns: SoftmaxColumns
+    sum_remainders: SumRemainders
     new_product: Callable[[], Product] | None
 
 

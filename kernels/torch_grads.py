@@ -70,6 +70,8 @@ def chunk_grads(
         return
     if dx_nH is None:
         dx_nH = torch.mm(dz_Vn.t(), head.weight[: head.vocab_size])
+    elif packed:
+        matmul.add_lost(dx_nH)
     # dz of the slots is by far the largest. It stays in fp32, or its rounding would dominate.
     dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(dx_nH) if packed else dx_nH)
 
@@ -121,6 +123,7 @@ def recompute(
     dx = None
     if dx_NH is not None:
         if rounded:
+            matmul.add_lost(dx_NH)
             dx_NH += hidden_grad(head, ids_NS, g_NS)
         dx = dx_NH.to(hidden_type, memory_format=torch.contiguous_format)
     return dx, dw, db

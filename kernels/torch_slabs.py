@@ -54,6 +54,8 @@ class Matmul:
         kernels = cpu_kernels() if _multiplies_on_cpu(head, hidden_nH) else None
         new_product = None if kernels is None else kernels.new_product
         self.product = None if new_product is None else new_product()
+        self._sum_remainders = None if kernels is None else kernels.sum_remainders
+        self._lost_n: Tensor | None = None
         self._scratch: Tensor | None = None
         self._slab: tuple[int, int] | None = None
         as_is = self.native or self.mixed or self.product is not None
@@ -112,25 +114,41 @@ class Matmul:
         """Return zeros [n, H] in fp32 (fp64), in the layout that `add_hidden_grad` writes."""
         weight, H = self.head.weight, self.head.weight.shape[1]
         if self.product is not None:
+            self._lost_n = weight.new_zeros(tokens, dtype=self.head.dtype)
             return weight.new_zeros(tokens, H, dtype=self.head.dtype)
         return weight.new_zeros(H, tokens, dtype=self.head.dtype).t()
 
     def add_hidden_grad(
         self, at: slice, ds_vn: Tensor, dx_nH: Tensor, *, rounded: bool = False
     ) -> None:
-        """Add dsᵀ W[v] to dx in fp32; with `rounded`, ds may be rounded to bfloat16."""
+        """Add dsᵀ W[v] to dx in fp32; with `rounded`, ds may be rounded to bfloat16.
+
+        Then `add_lost` adds what the rounding took away, as far as the rows of W are alike.
+        """
         dx_Hn = dx_nH.t()
         if self.product is not None:
             W = self.head.weight[at]
             self.product(ds_vn.t(), W, dx_nH, add=True)
             if not rounded:
                 self.product(ds_vn.t(), W, dx_nH, add=True, remainder=True)
+            elif self._sum_remainders is not None and self._lost_n is not None:
+                self._sum_remainders(ds_vn, self._lost_n)
         elif self.mixed:
             W, grad_scale = self.head.weight[at].t(), self.grad_scale(ds_vn)
             part = torch.mm(W, (ds_vn * grad_scale).to(W.dtype), out_dtype=dx_Hn.dtype)
             dx_Hn += part / grad_scale
         else:
             dx_Hn.addmm_(self.weight(at).t(), ds_vn)
+
+    def add_lost(self, dx_nH: Tensor) -> None:
+        """Add (Σ_v ds − bfloat16(ds)) · the mean row of W to dx.
+
+        The gradients of a softmax sum to 0, so a direction that all rows of W share cancels in dX,
+        while the rounding errors along it add up.
+        """
+        if self._lost_n is not None:
+            W = self.head.weight[: self.head.vocab_size]
+            dx_nH.addr_(self._lost_n, W.mean(0, dtype=self.head.dtype))
 
     def add_weight_grad(self, ds_vn: Tensor, dw_vH: Tensor, first: bool) -> None:
         """dw = (first) or += ds x, summed over the block in fp32 and rounded to dw's type."""

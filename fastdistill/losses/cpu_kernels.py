@@ -97,6 +97,13 @@ def softmax_columns(
     )
 
 
+def sum_remainders(u: Tensor, sums: Tensor) -> None:
+    """Add the columns of u − bfloat16(u) to `sums`."""
+    if not u.is_meta:
+        rows, n = u.shape
+        _call("sum_remainders", u.data_ptr(), rows, n, u.stride(0), sums.data_ptr())
+
+
 def row_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k largest logits of each row, their ids, and the log-sum-exp of the others."""
     if backend.extension() is None or z.dtype != torch.float32 or z.stride(-1) != 1:
@@ -128,7 +135,9 @@ def available() -> CPUKernels | None:
     isa = backend.cpu_isa()
     # Without instructions the product is emulated, for tests: far slower than PyTorch in fp32.
     has_product = ext.isa_names()[isa] != "scalar" and ext.has_bf16_gemm(isa)
-    return CPUKernels(sum_columns, softmax_columns, ProductOnCPU if has_product else None)
+    return CPUKernels(
+        sum_columns, softmax_columns, sum_remainders, ProductOnCPU if has_product else None
+    )
 
 
 @functools.cache  # once in a process

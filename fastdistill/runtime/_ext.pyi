@@ -116,6 +116,15 @@ def softmax_columns(
     lse: int,  # fp32 [n]
     factor: int,  # fp32 [n]
 ) -> None: ...
+def sum_remainders(
+    isa: int,
+    threads: int,
+    u: int,  # fp32 [rows, n], rows `stride` elements apart
+    rows: int,
+    n: int,
+    stride: int,
+    sums: int,  # fp32 [n], added to
+) -> None: ...
 def has_bf16_gemm(isa: int) -> bool: ...  # −1: the model of AMX's tiles
 def bf16_scratch(isa: int, threads: int, N: int, K: int) -> int: ...  # bytes
 def bf16_gemm(

@@ -16,7 +16,7 @@ from fastdistill.kernels import cpu_kernels
 from fastdistill.losses import cpu_kernels as compiled
 from fastdistill.runtime import _ext, backend
 from helpers.present import present
-from helpers.tolerances import GRADIENT, relative
+from helpers.tolerances import GRADIENT, PROMISED, relative
 
 MODEL = -1  # of AMX's tiles
 T = 1.5
@@ -160,6 +160,31 @@ def test_softmax_of_columns(use, isa):
         out = u.clone()
         compiled.softmax_columns(out, lse.float(), factor, temperature=T, softcap=softcap)
         assert relative(out, exact if softcap is None else exact * (1 - (u / 90.0) ** 2)) < 3e-6
+
+
+@each_isa
+def test_sums_of_what_rounding_takes_away(use, isa):
+    torch.manual_seed(0)
+    u, sums = torch.randn(70, 37), torch.ones(37)
+    use(isa)
+    compiled.sum_remainders(u, sums)
+    assert relative(sums - 1, (u.double() - u.bfloat16().double()).sum(0)) < 1e-4
+
+
+@pytest.mark.skipif(not PRODUCTS[2:], reason="this CPU has no instructions for bfloat16")
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_a_direction_that_all_rows_share(backward):
+    """It cancels in dX, since the gradients of a softmax sum to 0; rounding errors must, too."""
+    torch.manual_seed(0)
+    N, H, V, K = 40, 32, 3000, 8
+    hidden = torch.randn(N, H).bfloat16()
+    weight = (0.02 * torch.randn(V, H) + torch.randn(H)).bfloat16()
+    logits = hidden.float() @ weight.float().t() + torch.randn(N, V)
+    values, ids = (logits / T).log_softmax(-1).topk(K)
+    teacher = fd.TopK(ids, values, torch.log1p(-values.exp().sum(-1)), T)
+    got = gradients(hidden, weight, teacher, backward=backward)
+    exact = gradients(hidden.double(), weight.double(), teacher, backward=backward)
+    assert relative(got[1], exact[1]) < PROMISED[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
