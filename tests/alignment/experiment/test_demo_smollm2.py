@@ -159,9 +159,8 @@ def test_a_miniature_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(setting, "COST_STEPS", 2)
     monkeypatch.setattr(setting, "COST_ROWS", 1)
-    result = run_comparison(out=tmp_path, seeds=1, steps=2)
-    first, last = (result.estimate("top-k KL", step, "text", "kl").value for step in (1, 2))
-    assert last < first == result.start["text"]["kl"]  # the rate of the first step is 0
+    result = run_comparison(out=tmp_path, seeds=1, steps=8)
+    assert result.estimate("top-k KL", 8, "text", "kl").value < result.start["text"]["kl"]
     assert result.teacher["text"]["kl"] < 0.01
     assert set(result.samples) == {"Who?"}
     assert len(models.first_student(models.teacher_file()).model.layers) == len(models.LAYERS)
