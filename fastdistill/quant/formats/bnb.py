@@ -134,16 +134,19 @@ def without_data(
     if f"{name}.absmax" not in files:
         return int8(size, shape[1])
     blocks = math.prod(files.shape(f"{name}.absmax"))
-    block = _block(files, f"{name}.absmax", math.prod(shape))
+    block = _block(files, f"{name}.absmax", math.prod(shape), usual=64)
     if (nested := f"{name}.nested_absmax") not in files:
         return lut4(size, block)
-    return lut4(size, block, nested_block=_block(files, nested, blocks))
+    return lut4(size, block, nested_block=_block(files, nested, blocks, usual=256))
 
 
-def _block(files: TensorFiles, name: str, count: int) -> int:
-    """Return the block size, a power of two, with which `name` has one number for each block."""
+def _block(files: TensorFiles, name: str, count: int, *, usual: int) -> int:
+    """Return the block size, a power of two, with which `name` has one number for each block.
+
+    Several sizes may fit a small weight; then it is the usual one.
+    """
     blocks = math.prod(files.shape(name))
-    for block in (1 << i for i in range(4, 17)):
+    for block in (usual, *(1 << i for i in range(4, 17))):
         if -(-count // block) == blocks:
             return block
     files.fail(name, f"one number for each block of {count:,} values", f"{blocks:,} numbers")
