@@ -157,7 +157,11 @@ def test_csv_says_what_json_says(tmp_path):
     assert table == [{name: rows.cell(r[name]) for name in names} for r in records]
 
 
-@pytest.mark.parametrize("path", sorted(rows.RESULTS.glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in rows.RESULTS.glob("*.json") if p.name != "real_model.json"),  # a study
+    ids=lambda p: p.name,
+)
 def test_results_on_record_have_the_schema(path):
     for record in json.loads(path.read_text(encoding="utf-8")):
         assert set(SCHEMA) <= set(record)
