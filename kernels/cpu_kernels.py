@@ -51,13 +51,13 @@ class SoftmaxColumns(Protocol):
 
 
 class SumRemainders(Protocol):
-    """sums += Σ_v u − bfloat16(u); u: [v, n], sums: [n]."""
+    """Adds Σ_v u − bfloat16(u) to `sums`; u: [v, n], sums: [n]."""
 
     def __call__(self, u: Tensor, sums: Tensor) -> None: ...
 
 
 class CPUKernels(NamedTuple):
-    """The compiled kernels of a CPU. sum_columns and softmax_columns take fp32.
+    """The compiled kernels of a CPU. All but the product take fp32.
 
     new_product is None on a CPU without instructions for bfloat16. The calls of one product share
     scratch memory, which it keeps.
