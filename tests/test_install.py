@@ -105,7 +105,7 @@ def test_sdist_holds_the_sources_once(sdist: Path):
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no compiler")
 def test_wheel_from_sdist_works(sdist: Path, tmp_path: Path):
     wheel, _ = build("wheel", sdist, tmp_path / "dist")
-    assert wheel.stat().st_size < 2_000_000
+    assert wheel.stat().st_size < 2_500_000
     names = names_in(wheel)
     assert not [n for n in names if n.endswith(".safetensors")]
     assert [n for n in names if n.startswith("fastdistill/kernels/")] == [

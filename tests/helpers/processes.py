@@ -63,6 +63,9 @@ def launch(folder: Path, processes: int, kind: str, size: int, accumulation: int
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path]),
     }
     base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # DeepSpeed compiles its operators here. In the folder of the user, a lock left by a killed run
+    # would make every later run wait forever.
+    base["TORCH_EXTENSIONS_DIR"] = str(folder.resolve().parents[1] / "torch_extensions")
     running = [
         subprocess.Popen(
             command,
