@@ -24,6 +24,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from ..runtime import checks
 from ..runtime.progress import track
+from .experts import is_transposed
 from .formats import own_format
 from .formats.checkpoint_gate import as_checkpoint_error, load_config
 from .formats.conversion import check_all_used, check_no_duplicates, conversion_of
@@ -265,7 +266,7 @@ class _Loader:
                     setattr(module, leaf, nn.Parameter(matrix, requires_grad=False))
                 return
             value = layer.dequantize(empty.dtype)
-            value = value.t().contiguous() if is_conv1d(module) else value.view(empty.shape)
+            value = self._dense_shape(module, value, empty)
         self._shape(name, tuple(empty.shape), tuple(value.shape))
         value = value.to(self.device, empty.dtype if value.is_floating_point() else value.dtype)
         if self.quant is not None and name in self.quantizable:
@@ -278,6 +279,13 @@ class _Loader:
             module._buffers[leaf] = value
         else:
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _dense_shape(self, module: nn.Module, value: Tensor, empty: Tensor) -> Tensor:
+        """Return the rows [N, K] of a weight in the shape in which the model stores it."""
+        if empty.dim() == 3 and is_transposed(module):  # [E, K, N]
+            experts, K, N = empty.shape
+            return value.view(experts, N, K).transpose(1, 2).contiguous()
+        return value.t().contiguous() if is_conv1d(module) else value.view(empty.shape)
 
     def _file(self, name: str) -> Path:
         """Return the file of a weight; the checkpoint's path if it is in several parts."""
@@ -326,7 +334,8 @@ class _Loader:
             got = f"{len(missing)} missing, {missing[0]} among them"
             fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
-        warn_about_full_precision(self.model)
+        if not self.expand:
+            warn_about_full_precision(self.model)
         notes = () if self.expand else self._expansion()
         for note in (*self.checkpoint.notes, *notes):
             warnings.warn(f"{self.checkpoint.path}: {note}", stacklevel=3)

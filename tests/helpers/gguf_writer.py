@@ -18,13 +18,29 @@ SIZES = dict(
 )
 
 
-MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "minimax-m2": "minimax_m2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 ARCHITECTURES = {"mixtral": "llama"}
 MIXTURE = dict(
     num_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=32,
     shared_expert_intermediate_size=64,
+)
+LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=500000.0,
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    truncate=False,
 )
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True)
 OWN_SIZES: dict[str, dict[str, Any]] = {
@@ -33,7 +49,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA,
     "phi3": dict(pad_token_id=0),  # it is 32000 otherwise, outside the vocabulary
     "stablelm": dict(use_qkv_bias=True),
-    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": LOCAL,
+    "gpt-oss": LOCAL | dict(head_dim=32, sliding_window=16, rope_parameters=YARN),
+    "minimax-m2": LOCAL | dict(head_dim=32, rotary_dim=16),
     "qwen2moe": MIXTURE,
     "qwen3moe": MIXTURE | dict(head_dim=32, norm_topk_prob=True),
 }
@@ -66,6 +84,10 @@ GEMMA_PARTS = PARTS | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+GPT_OSS_PARTS = PARTS | {
+    "mlp.router": "ffn_gate_inp",
+    "post_attention_layernorm": "post_attention_norm",
+}
 GATE_UP = "mlp.experts.gate_up_proj"
 # Where the fp16 numbers of a block are.
 HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
@@ -82,6 +104,7 @@ def config_of(family, **sizes):
 
 def gguf_name(name, family="llama"):
     parts = GEMMA_PARTS if family.startswith("gemma") else PARTS
+    parts = GPT_OSS_PARTS if family == "gpt-oss" else parts
     module, _, kind = name.rpartition(".")
     if name.endswith("_proj"):  # the experts of a mixture
         module, kind = name, "weight"
@@ -114,10 +137,21 @@ def stored(name, tensor, family, config, single_experts=False):
         tensor = halves.transpose(1, 2).reshape(tensor.shape)
     if family.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         tensor = tensor + 1
+    block = name.split(".")[2] if ".layers." in name else ""
+    whole = {"sinks": "attn_sinks.weight", "e_score_correction_bias": "exp_probs_b.bias"}
+    if (leaf := name.rpartition(".")[2]) in whole:
+        yield f"blk.{block}.{whole[leaf]}", tensor
+        return
+    if family == "gpt-oss" and ".experts." in name:
+        kind = "bias" if name.endswith("_bias") else "weight"
+        rows = tensor if kind == "bias" else tensor.transpose(1, 2)
+        parts = {"gate": rows[:, ::2], "up": rows[:, 1::2]} if "gate_up" in name else {"down": rows}
+        for part, stack in parts.items():
+            yield f"blk.{block}.ffn_{part}_exps.{kind}", stack.contiguous()
+        return
     experts = {"down": tensor} if name.endswith("experts.down_proj") else {}
     if name.endswith(GATE_UP):
         experts = dict(zip(("gate", "up"), tensor.chunk(2, 1), strict=True))
-    block = name.split(".")[2] if experts else ""
     for part, whole in experts.items():
         if single_experts:
             for number, expert in enumerate(whole):
@@ -162,7 +196,7 @@ def write(
         if tensor.dim() == 1:
             state[name] = tensor = tensor + torch.randn_like(tensor)
         for gguf_name, part in stored(name, tensor, family, config, single_experts):
-            plain = part.dim() == 1 or "ffn_gate_inp" in gguf_name
+            plain = part.dim() == 1 or "ffn_gate_inp" in gguf_name or gguf_name.endswith(".bias")
             own = [value for key, value in dict(kinds).items() if f".{key}." in gguf_name]
             own += [head_kind] if head_kind and gguf_name == "output.weight" else []
             of = "F32" if plain else [*own, kind][0]
@@ -220,16 +254,27 @@ def _fields(writer, family, config, fields):
         writer.add_value_length(config.head_dim)
     if family == "phi3":
         writer.add_pad_token_id(config.pad_token_id)
-    if family.startswith("gemma"):
+    if family == "gpt-oss" or family.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if family.endswith("moe") or family == "mixtral":
+    if family.endswith("moe") or "num_local_experts" in OWN_SIZES.get(family, {}):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if family.endswith("moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family in ("gpt-oss", "minimax-m2"):
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if family == "gpt-oss":
+        writer.add_string("gpt-oss.rope.scaling.type", "yarn")
+        writer.add_rope_scaling_factor(YARN["factor"])
+        writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(YARN["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(YARN["beta_slow"])
+    if family == "minimax-m2":
+        writer.add_rope_dimension_count(config.rotary_dim)
+        writer.add_uint32("minimax-m2.expert_gating_func", 2)
     if family == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for key, value in fields:

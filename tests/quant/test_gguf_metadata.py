@@ -227,6 +227,9 @@ def test_gemma_3_has_other_rotary_frequencies_in_local_layers():
         ),
         ("qwen3moe", {"expert_count": 4}, "expert_used_count: expected a number"),
         ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}, "ffn_gate_exps.weight: expected"),
+        ("gpt-oss", {"attention.sliding_window_pattern": 3}, "sliding_window_pattern: expected 2"),
+        ("minimax-m2", {"expert_gating_func": 1}, "expert_gating_func: expected 2, got 1"),
+        ("llama", {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor: expected 1, got 0.5"),
         (
             "llama",
             {"expert_count": 4, "expert_used_count": 5},

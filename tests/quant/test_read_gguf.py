@@ -23,7 +23,7 @@ from fastdistill.quant.formats.tensor_files import Expanded
 from fastdistill.quant.loading import load_expanded
 from fastdistill.quant.matrix import QuantizedMatrix
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight
-from helpers.gguf_writer import config_of, part_of, write
+from helpers.gguf_writer import blocks, config_of, part_of, write
 from helpers.stored import read_all, values
 
 ONE = np.ones((96, 64), np.float32)
@@ -78,6 +78,7 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:model. . groups of experts are stored transposed:UserWarning")
 @pytest.mark.parametrize("family, sizes, how", FORMS)
 def test_logits_are_those_of_the_converted_model(tmp_path, family, sizes, how):
     """Names, order of rows, norms and all entries of the config."""
@@ -102,6 +103,25 @@ def test_experts_one_by_one_are_those_that_are_stacked(tmp_path, kind):
         a, b = (w.values if isinstance(w, Expanded) else w for w in (weight, read[0][name]))
         a, b = (w if isinstance(w, torch.Tensor) else values(w) for w in (a, b))
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind, of", [("MXFP4", Lut4Weight), ("Q5_1", Expanded), ("F16", None)])
+def test_experts_of_gpt_oss_are_in_the_order_of_its_safetensors(tmp_path, kind, of):
+    """The rows of gate and up alternate; the values are those of gguf."""
+    gguf = pytest.importorskip("gguf")
+    state = write(tmp_path / "tiny.gguf", "gpt-oss", kind, num_hidden_layers=1)
+    model = load_expanded(tmp_path / "tiny.gguf")
+    weights = open_checkpoint(tmp_path / "tiny.gguf").weights
+    for part in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{part}"
+        data = blocks(state[name].transpose(1, 2).contiguous(), kind)
+        expected = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))
+        weight = weights[name]()
+        assert isinstance(weight, of or torch.Tensor)
+        if isinstance(weight, Lut4Weight):
+            assert torch.equal(values(weight).view(expected.shape), expected)
+        dense = model.get_parameter(name).transpose(1, 2).float()
+        assert torch.equal(dense, expected), name
 
 
 @pytest.mark.parametrize("kind, of", [("Q4_0", Lut4Weight), ("Q8_0", Int8Weight)])
@@ -337,7 +357,7 @@ def test_the_command_for_another_architecture_expands_the_file(tmp_path, monkeyp
     tokenizer = {"model": "gpt2", "tokens": tokens, "merges": ["a b"], "bos_token_id": 8}
     fields = [(f"tokenizer.ggml.{key}", value) for key, value in tokenizer.items()]
     state = write(tmp_path / "tiny.gguf", "nemotron", "F32", fields=fields)
-    with pytest.raises(CheckpointError, match="use the model's safetensors checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="use the model's safetensors") as caught:
         open_checkpoint(tmp_path / "tiny.gguf")
     _, _, code, *arguments = shlex.split(str(caught.value)[str(caught.value).index("python -c") :])
     monkeypatch.setattr(sys, "argv", ["-c", *arguments])
@@ -346,6 +366,36 @@ def test_the_command_for_another_architecture_expands_the_file(tmp_path, monkeyp
     read = AutoModelForCausalLM.from_pretrained("expanded").state_dict()
     torch.testing.assert_close(dict(read), dict(state))  # norms were stored as w + 1
     assert AutoTokenizer.from_pretrained("expanded")("ab")["input_ids"] == [9]
+
+
+HUB, SOURCE = "https://huggingface.co/", "general.source.url"
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            [(SOURCE, HUB + "a-b/c.d")],
+            r"names \(general.source.url\): hf download a-b/c.d, and pass",
+        ),
+        (
+            [("general.base_model.0.repo_url", HUB + "a/b")],
+            r"0.repo_url, the base if the file is a fine-tune\): hf download a/b, and pass 'a/b'",
+        ),
+        ([], "which the file does not name: hf download OWNER/NAME"),
+        ([(SOURCE, HUB + "a/b; id")], "which the file does not name"),  # no name of the hub
+        ([(SOURCE, "https://example.com/a/b")], "which the file does not name"),
+    ],
+)
+def test_a_refusal_names_the_checkpoint_that_the_file_names(tmp_path, fields, words):
+    write(tmp_path / "tiny.gguf", architecture="deci", fields=fields)
+    with pytest.raises(
+        CheckpointError, match=rf"got 'deci'; use .* safetensors checkpoint.*{words}"
+    ):
+        open_checkpoint(tmp_path / "tiny.gguf")
+    write(tmp_path / "tiny.gguf", fields=[*fields, ("llama.logit_scale", 16)])
+    with pytest.raises(CheckpointError, match=rf"llama.logit_scale: expected 0 or 1.*{words}"):
+        open_checkpoint(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize("number, name", [(16, "IQ2_XXS"), (35, "TQ2_0"), (40, "NVFP4")])

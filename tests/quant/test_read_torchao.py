@@ -2,13 +2,19 @@
 
 import itertools
 import json
+import shlex
+import shutil
+import sys
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from fastdistill.quant.formats import torchao
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
 from fastdistill.quant.formats.tensor_files import Expanded
+from fastdistill.quant.loading import load_expanded
 from fastdistill.quant.schemes import Int8Weight, Lut4Weight
 from helpers.stored import assert_planned, store, values
 
@@ -144,6 +150,27 @@ def test_values_of_the_package(tmp_path, name):
     weight = open_checkpoint(store(tmp_path, tensors, CONFIG, metadata)).weights
     ours = expand(weight[f"{LAYER}.weight"]()).bfloat16()
     assert torch.equal(ours, linear.weight.data.dequantize())
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_the_command_for_another_type_expands_the_checkpoint(folder, tmp_path, monkeypatch):
+    package = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(package.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path / "int8")
+    for file in folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "int8")
+    expected = load_expanded(tmp_path / "int8").state_dict()
+    monkeypatch.setattr(torchao, "_TYPES", ())
+    with pytest.raises(CheckpointError, match=r"_type: expected .*; expand it") as caught:
+        open_checkpoint(tmp_path / "int8")
+    _, _, code, *arguments = shlex.split(str(caught.value)[str(caught.value).index("python -c") :])
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    read = AutoModelForCausalLM.from_pretrained("expanded").state_dict()
+    torch.testing.assert_close(dict(read), dict(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from ...runtime.checks import fail
 from ..schemes import QuantWeight, take_rows
 from .gguf_config import ROPE, read_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_headers
-from .gguf_names import FAMILIES, GATE_UP, Family, family_of
+from .gguf_metadata import instead
+from .gguf_names import FAMILIES, GATE_UP, GATE_UP_BIAS, Family, family_of
 from .gguf_types import expanded, quantized
 from .tensor_files import Expanded, Thunk, fail_checkpoint, reading
 
@@ -41,7 +42,6 @@ _MATRIX = re.compile(
 _EXPERT = r"(?<=ffn_gate|ffn_down)\.\d+\.|(?<=ffn_up)\.\d+\."  # of files before April 2024
 _HEADS = {"q": "attention", "k": "key_value"}
 _ENDS = ("token_embd.weight", "output.weight")  # the embedding and the head
-_INSTEAD = "use the model's safetensors checkpoint"
 # Other architectures that transformers 5.23 reads with all their tensors.
 _EXPANDED_BY_TRANSFORMERS = ("falcon", "lfm2", "nemotron", "qwen35", "qwen35moe")
 _EXPAND = (
@@ -73,7 +73,7 @@ def read_gguf(file: Path) -> GGUFModel:
     name = header.fields.get("general.architecture")
     if name not in FAMILIES:
         expected = f"one of {tuple(FAMILIES)}, whose layout is known"
-        hint = _INSTEAD
+        hint = instead(header.fields)
         if name in _EXPANDED_BY_TRANSFORMERS:
             at = f"{shlex.quote(str(file.parent))} {shlex.quote(file.name)} expanded"
             hint += f", or expand the file with transformers: python -c {shlex.quote(_EXPAND)} {at}"
@@ -85,14 +85,14 @@ def read_gguf(file: Path) -> GGUFModel:
         if stored in ROPE:
             factors[stored] = _dense(stored, tensor).flatten()
         else:
-            parts[_parameter(tensor.file, stored, family)].append(stored)
+            parts[_parameter(tensor.file, stored, family, header.fields)].append(stored)
     config = read_config(file, header, name, factors)
     weights: dict[str, Thunk] = {}
     for parameter, names in parts.items():
         tensors = {stored: header.tensors[stored] for stored in names}
         first = tensors[names[0]]
-        if parameter.endswith(GATE_UP):
-            weights[parameter] = functools.partial(_gate_up, file, tensors)
+        if parameter.endswith((GATE_UP, GATE_UP_BIAS)):
+            weights[parameter] = functools.partial(_gate_up, file, tensors, family.alternating)
         elif re.search(_EXPERT, names[0]):
             weights[parameter] = functools.partial(_stack, file, tensors, ("down",))
         elif "*" in parameter:  # the norms of each head of StableLM
@@ -107,6 +107,8 @@ def read_gguf(file: Path) -> GGUFModel:
             minus = float(family.norms_plus_one and names[0].endswith("norm.weight"))
             shape = (1, -1) if parameter.endswith("shared_expert_gate.weight") else None
             weights[parameter] = functools.partial(_weight, names[0], first, heads, minus, shape)
+        if family.alternating and names[0].endswith("_exps.weight"):
+            weights[parameter] = functools.partial(_transposed, names[0], first, weights[parameter])
     _log(file, header)
     return GGUFModel(config, weights, header.bytes, is_quantized_gguf(header))
 
@@ -116,7 +118,7 @@ def is_quantized_gguf(header: GGUFHeader) -> bool:
     return any(tensor.type.unpack is not None for tensor in header.tensors.values())
 
 
-def _parameter(file: Path, stored: str, family: Family) -> str:
+def _parameter(file: Path, stored: str, family: Family, fields: dict[str, Any]) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", stored)
     names, part = (family.layer, match[2]) if match else (family.model, stored)
     part = re.sub(_EXPERT, ".*.", part)
@@ -125,7 +127,7 @@ def _parameter(file: Path, stored: str, family: Family) -> str:
             f"{file}: tensor {stored!r}",
             f"a tensor of a {family.model_type} model as transformers has it",
             "an unknown one",
-            _INSTEAD,
+            instead(fields),
         )
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
 
@@ -240,8 +242,21 @@ def _row(name: str, tensor: GGUFTensor, row: int) -> Tensor:
     return values[row]
 
 
-def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight | Expanded:
-    """Return the stack [E, 2 I, H] of gates [E, I, H] and ups [E, I, H]."""
+def _transposed(name: str, tensor: GGUFTensor, read: Thunk) -> Tensor | QuantWeight | Expanded:
+    """Return a weight of `read`; experts [E, N, K] in full precision as [E, K, N]."""
+    weight = read()
+    with reading(tensor.file, name):
+        if isinstance(weight, Expanded):
+            return replace(weight, values=weight.values.transpose(1, 2).contiguous())
+        return weight.transpose(1, 2).contiguous() if isinstance(weight, Tensor) else weight
+
+
+def _gate_up(
+    file: Path, tensors: dict[str, GGUFTensor], alternating: bool
+) -> Tensor | QuantWeight | Expanded:
+    """Return the stack [E, 2 I, H] of gates [E, I, H] and ups [E, I, H], or [E, 2 I] of biases.
+
+    alternating: rows of gates and ups alternate; otherwise the gates of an expert are first."""
     if any(re.search(_EXPERT, name) for name in tensors):
         return _stack(file, tensors, ("gate", "up"))
     names = sorted(tensors)  # ffn_gate_exps, ffn_up_exps
@@ -250,14 +265,25 @@ def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight
         fail_checkpoint(file, "ffn_gate_exps and ffn_up_exps of one shape in each layer", got)
     shape = tensors[names[0]].shape
     with reading(tensors[names[0]].file, names[0]):
-        if len(shape) != 3:
-            fail("shape", "[experts, rows, columns]", list(shape))
+        dims = ("experts", "rows", "columns")[: 2 if names[0].endswith(".bias") else 3]
+        if len(shape) != len(dims):
+            fail("shape", f"[{', '.join(dims)}]", list(shape))
     both = _below(tensors, names, 1)
-    if isinstance(both, Tensor | Expanded):
-        return both
+    if isinstance(both, Expanded):
+        return replace(both, values=_alternate(both.values)) if alternating else both
+    if isinstance(both, Tensor):
+        return _alternate(both) if alternating else both
     experts, rows, _ = shape
-    order = torch.arange(2 * experts * rows).view(2, experts, rows).transpose(0, 1).reshape(-1)
-    return take_rows(both, order)
+    order = torch.arange(2 * experts * rows).view(2, experts, rows)
+    order = order.permute(1, 2, 0) if alternating else order.transpose(0, 1)
+    return take_rows(both, order.reshape(-1))
+
+
+def _alternate(values: Tensor) -> Tensor:
+    """Return gates and then ups, [E, 2 I, …], as rows of both in turn."""
+    experts, rows = values.shape[:2]
+    split = values.view(experts, 2, rows // 2, *values.shape[2:])
+    return split.transpose(1, 2).reshape(values.shape)
 
 
 def _stack(

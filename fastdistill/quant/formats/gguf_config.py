@@ -24,11 +24,19 @@ from .tensor_files import fail_checkpoint, reading
 _FREQUENCIES = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE = (_FREQUENCIES, _LONG, _SHORT)
-_TABLE = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}  # the names in GGUF_CONFIG_MAPPING
-_PARTLY_ROTARY = ("phi3", "stablelm")
+_TABLE = {  # the names in GGUF_CONFIG_MAPPING
+    "gpt-oss": "gpt_oss",
+    "minimax-m2": "minimax_m2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+_NOT_OF_THE_CONFIG = ("rotary_dim", "scoring_func")  # of MiniMax-M2 in that table
+_PARTLY_ROTARY = ("minimax-m2", "phi3", "stablelm")
 _OWN_WIDTH = (
     "gemma2",
     "gemma3",
+    "gpt-oss",
+    "minimax-m2",
     "qwen3",
     "qwen3moe",
 )  # models whose heads have a width of their own
@@ -61,6 +69,8 @@ def _config(header: GGUFHeader, family: str, factors: dict[str, Tensor]) -> dict
         for key, entry in GGUF_CONFIG_MAPPING[table].items():
             if entry is not None and fields.get(f"{prefix}.{key}") is not None:
                 config[entry] = fields[f"{prefix}.{key}"]
+    for entry in _NOT_OF_THE_CONFIG:
+        config.pop(entry, None)
     config |= {"model_type": family_of(fields, family).model_type, **metadata}
     config["tie_word_embeddings"] = "output.weight" not in tensors
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
@@ -170,7 +180,7 @@ def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
     checks.integer(f"{family}.expert_count", experts, 1)
     used = fields[f"{family}.expert_used_count"]
     checks.integer(f"{family}.expert_used_count", used, 1, experts)
-    if family == "llama":  # Mixtral, whose experts have the width feed_forward_length
+    if not family.endswith("moe"):  # their experts have the width feed_forward_length
         return {"num_local_experts": experts, "num_experts_per_tok": used}
     entries: dict[str, Any] = {"norm_topk_prob": family == "qwen3moe"}  # as llama.cpp
     widths = {"moe_intermediate_size": ("blk.0.ffn_gate_exps.weight", 1)}

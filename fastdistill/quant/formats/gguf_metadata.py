@@ -7,6 +7,7 @@ or must have a neutral value. Any other key may change the mathematics and raise
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from ...runtime import checks
@@ -44,10 +45,25 @@ _READ_OF = {  # by family, besides
     "qwen2moe": {"expert_shared_feed_forward_length"},
     "stablelm": {"use_parallel_residual"},
 }
-_INSTEAD = "use the model's safetensors checkpoint"
-_YARN = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")  # whose whole heads rotate
-# Details of non-linear scalings, which are refused by their type; the origin of the model.
-_SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
+# Families whose whole heads rotate.
+_YARN = ("gpt-oss", "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
+_BETAS = ("beta_fast", "beta_slow")
+# Details of scalings, which are read with YaRN and have no effect without it; the model's origin.
+_SILENT = {
+    "rope.scaling.original_context_length",
+    *(f"rope.scaling.yarn_{beta}" for beta in _BETAS),
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+}
+# Where a file names the checkpoint that it was made of; the last may be that of a fine-tune.
+_SOURCES = (
+    "general.source.huggingface.repository",
+    "general.source.repo_url",
+    "general.source.url",
+    "general.base_model.0.repo_url",
+)
+_UNLESS = ", the base if the file is a fine-tune"
+_HUB = re.compile(r"(?:https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
 # Neutral values, with which llama.cpp computes the plain model.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -65,7 +81,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
+}
+_NEUTRAL_OF: dict[str, dict[str, tuple[Any, ...]]] = {  # by family, besides
+    "gpt-oss": {"attention.sliding_window_pattern": (2,)},
+    "minimax-m2": {"expert_gating_func": (2,)},  # the sigmoid
 }
 
 
@@ -80,6 +101,7 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
         if key.startswith(f"{family}.")
     }
     needed, known = required(fields, family), _READ | _READ_OF.get(family, set())
+    neutral = _NEUTRAL | _NEUTRAL_OF.get(family, {})
     if has_experts(fields, family):
         known = known | _EXPERTS
     for key in needed:
@@ -89,16 +111,29 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
     for key, value in entries.items():
         if key in known or key in needed:
             continue
-        if key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
-                expected = " or ".join(map(str, _NEUTRAL[key]))
-                fail(f"{family}.{key}", expected, _short(value), _INSTEAD)
+        if key in neutral:
+            if value not in neutral[key]:
+                expected = " or ".join(map(str, neutral[key]))
+                fail(f"{family}.{key}", expected, _short(value), instead(fields))
         elif key not in _SILENT:
-            fail(f"{family}.{key}", "no such field", _short(value), _INSTEAD)
+            fail(f"{family}.{key}", "no such field", _short(value), instead(fields))
     base = entries.get("rope.freq_base", 10000.0)  # llama.cpp's default
     checks.positive(f"{family}.rope.freq_base", base)
     rope = {"rope_theta": float(base)}
     return _scaling(entries, family) | _window(entries, family) | rope
+
+
+def instead(fields: dict[str, Any]) -> str:
+    """Return the advice to use the safetensors checkpoint, with the command that downloads it.
+
+    A file may name the repository that it was made of. No other name is guessed."""
+    for key in _SOURCES:
+        if match := _HUB.fullmatch(str(fields.get(key))):
+            name = match[1]
+            where = f"that the file names ({key}{_UNLESS if 'base_model' in key else ''})"
+            return f"use the safetensors checkpoint {where}: hf download {name}, and pass {name!r}"
+    where = "the model's safetensors checkpoint, which the file does not name"
+    return f"use {where}: hf download OWNER/NAME, and pass 'OWNER/NAME'"
 
 
 def required(fields: dict[str, Any], family: str) -> tuple[str, ...]:
@@ -131,11 +166,18 @@ def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
         fail(f"{family}.rope.scaling.type", f"one of {kinds}", _short(kind))
     checks.positive(f"{family}.rope.scaling.factor", factor)
     if kind == "none" or factor == 1:
-        return {}
+        # Without an entry, transformers would scale those of gpt-oss.
+        return {"rope_scaling": {"rope_type": "default"}} if family == "gpt-oss" else {}
     if kind == "yarn":  # as in transformers, cos and sin are multiplied by 0.1 ln(factor) + 1
         original = entries.get("rope.scaling.original_context_length", entries["context_length"])
         checks.integer(f"{family}.rope.scaling.original_context_length", original, 1)
         yarn = {"factor": float(factor), "original_max_position_embeddings": original}
+        for beta in _BETAS:
+            if (value := entries.get(f"rope.scaling.yarn_{beta}")) is not None:
+                checks.positive(f"{family}.rope.scaling.yarn_{beta}", value)
+                yarn[beta] = float(value)
+        if family == "gpt-oss":
+            yarn["truncate"] = False  # as its own configuration; no field says so
         return {"rope_scaling": {"rope_type": "yarn", **yarn}}
     return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
 
@@ -145,7 +187,7 @@ def _window(entries: dict[str, Any], family: str) -> dict[str, Any]:
     window = entries.get("attention.sliding_window") or None
     if family == "phi3":
         return {"sliding_window": window}
-    if family.startswith("gemma"):
+    if family == "gpt-oss" or family.startswith("gemma"):
         checks.integer(f"{family}.attention.sliding_window", window, 1)
         return {"sliding_window": window}
     if window is not None and window < entries["context_length"]:

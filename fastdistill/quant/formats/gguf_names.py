@@ -30,6 +30,8 @@ _GEMMA = (
 )
 # transformers stacks gate and up, [E, 2 I, H].
 GATE_UP = "mlp.experts.gate_up_proj"
+GATE_UP_BIAS = f"{GATE_UP}_bias"
+_WB = ("weight", "bias")
 _EXPERTS = _PROJECTIONS | {
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight",
@@ -49,6 +51,21 @@ _SHARED_EXPERT = {
     "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
     "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
 }
+# gpt-oss has a bias everywhere, and stacks the biases of its experts, too.
+_GPT_OSS = {
+    **{f"attn_{x}.{part}": f"self_attn.{x}_proj.{part}" for x in "qkv" for part in _WB},
+    **{f"attn_output.{part}": f"self_attn.o_proj.{part}" for part in _WB},
+    **{f"ffn_gate_inp.{part}": f"mlp.router.{part}" for part in _WB},
+    "attn_sinks.weight": "self_attn.sinks",
+    "attn_norm.weight": "input_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate_exps.weight": GATE_UP,
+    "ffn_up_exps.weight": GATE_UP,
+    "ffn_down_exps.weight": "mlp.experts.down_proj",
+    "ffn_gate_exps.bias": GATE_UP_BIAS,
+    "ffn_up_exps.bias": GATE_UP_BIAS,
+    "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+}
 MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -66,6 +83,8 @@ class Family(NamedTuple):
         interleaved: the rows of the query and key projections alternate between the two halves of
             each head's rotary dimensions (LlamaModel.permute of convert_hf_to_gguf.py).
         norms_plus_one: norms are stored as w + 1.
+        alternating: transformers stores the experts transposed, and the rows of gate and up
+            alternate there.
     """
 
     model_type: str
@@ -73,6 +92,7 @@ class Family(NamedTuple):
     model: dict[str, str] = MODEL
     interleaved: bool = False
     norms_plus_one: bool = False
+    alternating: bool = False
 
 
 FAMILIES = {
@@ -81,6 +101,11 @@ FAMILIES = {
     "qwen2moe": Family("qwen2_moe", _EXPERTS | _SHARED_EXPERT | _QKV_BIASES),
     "qwen3": Family("qwen3", _LLAMA | _QK_NORMS),
     "qwen3moe": Family("qwen3_moe", _EXPERTS | _QK_NORMS),
+    "minimax-m2": Family(
+        "minimax_m2",
+        _EXPERTS | _QK_NORMS | {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+    ),
+    "gpt-oss": Family("gpt_oss", _GPT_OSS, alternating=True),
     "gemma2": Family("gemma2", _GEMMA, norms_plus_one=True),
     "gemma3": Family("gemma3_text", _GEMMA | _QK_NORMS, norms_plus_one=True),
     "phi3": Family(
@@ -106,12 +131,15 @@ FAMILIES = {
         MODEL | {"output_norm.bias": "model.norm.bias"},
     ),
 }
+_MIXTURES = ("gpt-oss", "minimax-m2", "qwen2moe", "qwen3moe")
 MIXTRAL = Family("mixtral", _MIXTRAL, interleaved=True)  # its architecture is "llama", too
 
 
 def has_experts(fields: dict[str, Any], name: str) -> bool:
     """Return whether a file of this general.architecture is a mixture of experts."""
-    return name.endswith("moe") or (name == "llama" and bool(fields.get("llama.expert_count")))
+    if name == "llama":
+        return bool(fields.get("llama.expert_count"))
+    return name in _MIXTURES
 
 
 def family_of(fields: dict[str, Any], name: str) -> Family:

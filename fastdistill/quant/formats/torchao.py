@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,13 @@ _INTEGERS, _FLOATS = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), ("Float8Tensor"
 _TILED = "Int4TilePackedTo4dTensor"
 _TYPES = (*_INTEGERS, *_FLOATS, "Int4Tensor", _TILED)
 _ASYMMETRIC = re.compile(r'"(weight_)?mapping_type": ({[^{}]*)?"ASYMMETRIC"')
-_HINT = (
-    "load it with transformers where torchao is installed, replace each quantized weight by "
-    "weight.dequantize(), and call save_pretrained"
+_EXPAND = (
+    "import sys, torch, transformers as t; at, out = sys.argv[1:]; "
+    "m = t.AutoModelForCausalLM.from_pretrained(at); "
+    "[setattr(x, n, torch.nn.Parameter(p.dequantize())) for x in m.modules() "
+    "for n, p in list(x.named_parameters(recurse=False)) if type(p) is not torch.nn.Parameter]; "
+    "m.hf_quantizer.remove_quantization_config(m); m.save_pretrained(out); "
+    "t.AutoTokenizer.from_pretrained(at).save_pretrained(out)"
 )
 
 
@@ -74,7 +79,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         layer = name.removesuffix(_CODES)
         kind, tile, shape = _entry(files, metadata, layer)
         if (smoothed := f"{layer}{_PREFIX}act_pre_scale") in files:
-            files.fail(smoothed, "weights alone", "a scale of the layer's input", _HINT)
+            files.fail(smoothed, "weights alone", "a scale of the layer's input", _hint(files))
         if shape is not None:
             read: Thunk = functools.partial(_packed, files, layer, tile[1], shape, kind == _TILED)
         else:
@@ -87,6 +92,13 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
     return plain_floats(files, thunks, [f"{x}{_PREFIX}{part}" for x in layers for part in parts])
 
 
+def _hint(files: TensorFiles) -> str:
+    """Return the command that expands the checkpoint."""
+    at = shlex.quote(str(files.config_file.parent))
+    command = f"python -c {shlex.quote(_EXPAND)} {at} expanded"
+    return f"expand it with transformers, where torchao is installed: {command}"
+
+
 def _entry(
     files: TensorFiles, metadata: dict[Path, dict[str, str]], layer: str
 ) -> tuple[str, tuple[int, int], tuple[int, int] | None]:
@@ -96,7 +108,7 @@ def _entry(
         entry = parse_json(metadata[file][f"{layer}.weight"], layer, dict)
         kind: str = entry["_type"]
         if kind not in _TYPES:
-            fail("_type", f"one of {_TYPES}", repr(kind), _HINT)
+            fail("_type", f"one of {_TYPES}", repr(kind), _hint(files))
         tile = tile_of(entry["_data"], "block_size")
         if tile is None:
             fail("block_size", "two positive integers [rows, columns]", "none")
