@@ -158,6 +158,23 @@ def take_rows(weight: QuantWeight, at: slice | Tensor) -> QuantWeight:
     )
 
 
+def take_columns(weight: QuantWeight, at: Tensor) -> QuantWeight:
+    """Return a matrix of `len(at)` groups of columns, each of whole blocks, in this order."""
+    (N, K), groups = weight.shape, len(at)
+    assert isinstance(weight.scale, Tensor)
+    if K % groups or K // groups % weight.block or weight.block % 2:
+        fail("block", f"a divisor of {K // groups} columns of a group", weight.block)
+
+    def taken(part: Tensor) -> Tensor:
+        return part.view(N, groups, -1)[:, at].reshape(-1)
+
+    scale, qdata = taken(weight.scale), taken(weight.qdata)
+    if isinstance(weight, Int8Weight):
+        return replace(weight, qdata=qdata.view(N, K), scale=scale)
+    offset = None if weight.offset is None else taken(weight.offset)
+    return replace(weight, qdata=qdata, scale=scale, offset=offset)
+
+
 def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool = False) -> None:
     """Check a bias, or with `fp32` a row scale: one number for each of `rows` outputs."""
     if value is None:

@@ -24,6 +24,8 @@ MODEL_TYPES = {
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
+    "qwen35": "qwen3_5_text",
+    "qwen35moe": "qwen3_5_moe_text",
 }
 ARCHITECTURES = {"mixtral": "llama"}
 MIXTURE = dict(
@@ -43,6 +45,16 @@ YARN = dict(
     truncate=False,
 )
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True)
+LINEAR = dict(  # Qwen3.5: three heads of values for each of keys
+    head_dim=32,
+    partial_rotary_factor=0.5,
+    full_attention_interval=2,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=32,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+)
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": dict(head_dim=32),
     "gemma2": GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
@@ -50,10 +62,19 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "phi3": dict(pad_token_id=0),  # it is 32000 otherwise, outside the vocabulary
     "stablelm": dict(use_qkv_bias=True),
     "mixtral": LOCAL,
+    "smollm3": dict(pad_token_id=0, num_hidden_layers=4),  # the fourth has no rotary embedding
+    "granite": dict(
+        attention_multiplier=0.125,
+        embedding_multiplier=3.0,
+        logits_scaling=4.0,
+        residual_multiplier=0.5,
+    ),
     "gpt-oss": LOCAL | dict(head_dim=32, sliding_window=16, rope_parameters=YARN),
     "minimax-m2": LOCAL | dict(head_dim=32, rotary_dim=16),
     "qwen2moe": MIXTURE,
     "qwen3moe": MIXTURE | dict(head_dim=32, norm_topk_prob=True),
+    "qwen35": LINEAR,
+    "qwen35moe": LINEAR | MIXTURE,
 }
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -88,6 +109,16 @@ GPT_OSS_PARTS = PARTS | {
     "mlp.router": "ffn_gate_inp",
     "post_attention_layernorm": "post_attention_norm",
 }
+QWEN35_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
 GATE_UP = "mlp.experts.gate_up_proj"
 # Where the fp16 numbers of a block are.
 HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
@@ -103,8 +134,9 @@ def config_of(family, **sizes):
 
 
 def gguf_name(name, family="llama"):
-    parts = GEMMA_PARTS if family.startswith("gemma") else PARTS
+    parts = GEMMA_PARTS if family.startswith(("gemma", "olmo2")) else PARTS
     parts = GPT_OSS_PARTS if family == "gpt-oss" else parts
+    parts = QWEN35_PARTS if family.startswith("qwen35") else parts
     module, _, kind = name.rpartition(".")
     if name.endswith("_proj"):  # the experts of a mixture
         module, kind = name, "weight"
@@ -129,16 +161,41 @@ def blocks(tensor, kind):
     return data.reshape(*tensor.shape[:-1], -1)
 
 
+def of_linear_attention(name, tensor, config):
+    """A tensor of Qwen3.5's linear attention as it is stored: heads of values in turn."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    first = 2 * keys * config.linear_key_head_dim
+    leaf = name.split(".linear_attn.")[1]
+
+    def in_turn(part):
+        return part.unflatten(0, (keys, values // keys, -1)).transpose(0, 1).flatten(0, 2)
+
+    if leaf == "A_log":
+        return -in_turn(tensor).exp()
+    if leaf.startswith(("in_proj_qkv", "conv1d")):
+        flat = tensor.reshape(len(tensor), -1)
+        return torch.cat([flat[:first], in_turn(flat[first:])])
+    if leaf.startswith("out_proj"):
+        return in_turn(tensor.t()).t().contiguous()
+    return tensor if leaf.startswith("norm") else in_turn(tensor)
+
+
 def stored(name, tensor, family, config, single_experts=False):
     """Yield the (name, tensor)s of a file for one of the model."""
-    if family in ("llama", "mixtral") and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if family in ("granite", "llama", "mixtral", "smollm3") and name.endswith(
+        ("q_proj.weight", "k_proj.weight")
+    ):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         halves = tensor.view(heads, 2, -1, tensor.shape[1])
         tensor = halves.transpose(1, 2).reshape(tensor.shape)
-    if family.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
+    plus_one = family.startswith(("gemma", "nemotron", "qwen35"))
+    if plus_one and name.endswith("norm.weight") and "linear_attn" not in name:
         tensor = tensor + 1
     block = name.split(".")[2] if ".layers." in name else ""
+    if ".linear_attn." in name:
+        tensor = of_linear_attention(name, tensor, config)
     whole = {"sinks": "attn_sinks.weight", "e_score_correction_bias": "exp_probs_b.bias"}
+    whole |= {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
     if (leaf := name.rpartition(".")[2]) in whole:
         yield f"blk.{block}.{whole[leaf]}", tensor
         return
@@ -196,7 +253,8 @@ def write(
         if tensor.dim() == 1:
             state[name] = tensor = tensor + torch.randn_like(tensor)
         for gguf_name, part in stored(name, tensor, family, config, single_experts):
-            plain = part.dim() == 1 or "ffn_gate_inp" in gguf_name or gguf_name.endswith(".bias")
+            plain = part.dim() == 1 or gguf_name.endswith(".bias")
+            plain = plain or "ffn_gate_inp" in gguf_name or "conv1d" in gguf_name
             own = [value for key, value in dict(kinds).items() if f".{key}." in gguf_name]
             own += [head_kind] if head_kind and gguf_name == "output.weight" else []
             of = "F32" if plain else [*own, kind][0]
@@ -238,7 +296,8 @@ def _fields(writer, family, config, fields):
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if family != "qwen35moe":
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_vocab_size(config.vocab_size)
@@ -252,7 +311,16 @@ def _fields(writer, family, config, fields):
     if "head_dim" in OWN_SIZES.get(family, {}):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if family == "phi3":
+    _of_family(writer, family, config)
+    for key, value in fields:
+        adders = {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        if key in writer.kv_data[0]:
+            del writer.kv_data[0][key]
+        adders.get(type(value), writer.add_uint32)(key, value)
+
+
+def _of_family(writer, family, config):
+    if family in ("phi3", "smollm3"):
         writer.add_pad_token_id(config.pad_token_id)
     if family == "gpt-oss" or family.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
@@ -272,13 +340,22 @@ def _fields(writer, family, config, fields):
         writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(YARN["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(YARN["beta_slow"])
+    if family == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+        writer.add_residual_scale(config.residual_multiplier)
     if family == "minimax-m2":
         writer.add_rope_dimension_count(config.rotary_dim)
         writer.add_uint32("minimax-m2.expert_gating_func", 2)
-    if family == "qwen2moe":
+    if family.startswith("qwen35"):
+        writer.add_rope_dimension_count(16)
+        writer.add_array(f"{family}.rope.dimension_sections", [11, 11, 10, 0])
+        writer.add_full_attention_interval(2)
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+    if family in ("qwen2moe", "qwen35moe"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    for key, value in fields:
-        adders = {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
-        if key in writer.kv_data[0]:
-            del writer.kv_data[0][key]
-        adders.get(type(value), writer.add_uint32)(key, value)

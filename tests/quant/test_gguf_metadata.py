@@ -189,6 +189,11 @@ def config_of(family, layers, shapes=(), **fields):
     return read_config(Path("x.gguf"), GGUFHeader(fields, tensors, []), family, {})
 
 
+FOUR = {"expert_count": 4, "expert_used_count": 2}
+LINEAR = {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2}
+LINEAR |= {"ssm.time_step_rank": 4, "ssm.inner_size": 64, "full_attention_interval": 4}
+
+
 @pytest.mark.parametrize(("family", "largest"), [("gemma2", 46), ("gemma3", 62)])
 def test_attention_of_the_largest_gemma_is_scaled_by_its_hidden_size(family, largest):
     fields = {"attention.key_length": 32, "attention.sliding_window": 16}
@@ -227,9 +232,16 @@ def test_gemma_3_has_other_rotary_frequencies_in_local_layers():
         ),
         ("qwen3moe", {"expert_count": 4}, "expert_used_count: expected a number"),
         ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}, "ffn_gate_exps.weight: expected"),
-        ("gpt-oss", {"attention.sliding_window_pattern": 3}, "sliding_window_pattern: expected 2"),
-        ("minimax-m2", {"expert_gating_func": 1}, "expert_gating_func: expected 2, got 1"),
+        (
+            "gpt-oss",
+            FOUR | {"attention.sliding_window_pattern": 3},
+            "sliding_window_pattern: expected 2",
+        ),
+        ("minimax-m2", FOUR | {"expert_gating_func": 1}, "expert_gating_func: expected 2, got 1"),
         ("llama", {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor: expected 1, got 0.5"),
+        ("qwen35", LINEAR | {"ssm.time_step_rank": 3}, "time_step_rank: expected a multiple of 2"),
+        ("qwen35", LINEAR | {"ssm.inner_size": 65}, "inner_size: expected a multiple of 4"),
+        ("qwen35", LINEAR | {"ssm.conv_kernel": 0}, "conv_kernel: expected an integer of 1"),
         (
             "llama",
             {"expert_count": 4, "expert_used_count": 5},

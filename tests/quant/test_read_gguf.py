@@ -48,6 +48,8 @@ LARGE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)  # who
         ("qwen2moe", "Q5_1", {}),
         ("qwen3moe", "MXFP4", {}),
         ("qwen3moe", "Q8_0", {}),
+        ("qwen35", "Q4_0", {}),
+        ("qwen35moe", "Q4_1", {}),
     ],
 )
 def test_equals_transformers(tmp_path, family, kind, sizes):
@@ -79,6 +81,7 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:model. . groups of experts are stored transposed:UserWarning")
+@pytest.mark.fast_cases(11)
 @pytest.mark.parametrize("family, sizes, how", FORMS)
 def test_logits_are_those_of_the_converted_model(tmp_path, family, sizes, how):
     """Names, order of rows, norms and all entries of the config."""
@@ -89,6 +92,17 @@ def test_logits_are_those_of_the_converted_model(tmp_path, family, sizes, how):
     ids = torch.arange(24)[None]  # more than the sliding window of Gemma
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits)
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
+    """As in transformers, which has no module for them."""
+    write(tmp_path / "tiny.gguf", "qwen35")
+    expected = open_checkpoint(tmp_path / "tiny.gguf")
+    fields = [("qwen35.block_count", 3), ("qwen35.nextn_predict_layers", 1)]
+    write(tmp_path / "tiny.gguf", "qwen35", extra=[("blk.2.nextn.eh.weight", ONE)], fields=fields)
+    read = open_checkpoint(tmp_path / "tiny.gguf")
+    assert read.config == expected.config
+    assert read.weights.keys() == expected.weights.keys()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])

@@ -16,7 +16,7 @@ import logging
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,20 +30,22 @@ from ..schemes import QuantWeight, take_rows
 from .gguf_config import ROPE, read_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_headers
 from .gguf_metadata import instead
-from .gguf_names import FAMILIES, GATE_UP, GATE_UP_BIAS, Family, family_of
+from .gguf_names import FAMILIES, GATE_UP, GATE_UP_BIAS, NEXTN, Family, family_of
 from .gguf_types import expanded, quantized
+from .gguf_value_heads import Order, ValueHeads
 from .tensor_files import Expanded, Thunk, fail_checkpoint, reading
 
 logger = logging.getLogger(__name__)
 
 _MATRIX = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp|\.\d+)?)\.weight"
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output|gate)|ssm_(alpha|beta|out)"
+    r"|ffn_(gate|up|down)(_exps|_shexp|\.\d+)?)\.weight"
 )
 _EXPERT = r"(?<=ffn_gate|ffn_down)\.\d+\.|(?<=ffn_up)\.\d+\."  # of files before April 2024
 _HEADS = {"q": "attention", "k": "key_value"}
 _ENDS = ("token_embd.weight", "output.weight")  # the embedding and the head
 # Other architectures that transformers 5.23 reads with all their tensors.
-_EXPANDED_BY_TRANSFORMERS = ("falcon", "lfm2", "nemotron", "qwen35", "qwen35moe")
+_EXPANDED_BY_TRANSFORMERS = ("falcon", "lfm2", "nemotron")
 _EXPAND = (
     "import sys, transformers as t; at, file, out = sys.argv[1:]; "
     "m = t.AutoModelForCausalLM.from_pretrained(at, gguf_file=file, "
@@ -79,6 +81,7 @@ def read_gguf(file: Path) -> GGUFModel:
             hint += f", or expand the file with transformers: python -c {shlex.quote(_EXPAND)} {at}"
         fail_checkpoint(f"{file}: general.architecture", expected, repr(name), hint)
     family = family_of(header.fields, name)
+    header = _without_later_layers(header, name)
     parts: dict[str, list[str]] = defaultdict(list)
     factors = {}
     for stored, tensor in header.tensors.items():
@@ -101,16 +104,37 @@ def read_gguf(file: Path) -> GGUFModel:
                     _row, names[0], first, row
                 )
         else:
-            heads = None
-            if family.interleaved and (match := re.search(r"\.attn_([qk])\.weight", names[0])):
-                heads = config[f"num_{_HEADS[match[1]]}_heads"]
-            minus = float(family.norms_plus_one and names[0].endswith("norm.weight"))
-            shape = (1, -1) if parameter.endswith("shared_expert_gate.weight") else None
-            weights[parameter] = functools.partial(_weight, names[0], first, heads, minus, shape)
+            weights[parameter] = _one(parameter, names[0], first, family, config)
         if family.alternating and names[0].endswith("_exps.weight"):
-            weights[parameter] = functools.partial(_transposed, names[0], first, weights[parameter])
-    _log(file, header)
+            weights[parameter] = functools.partial(
+                _changed, names[0], first, weights[parameter], _transposed
+            )
+    _log_types(file, header)
     return GGUFModel(config, weights, header.bytes, is_quantized_gguf(header))
+
+
+def _one(
+    parameter: str, name: str, tensor: GGUFTensor, family: Family, config: dict[str, Any]
+) -> Thunk:
+    """Return the thunk of a parameter that is one tensor."""
+    value_heads = ValueHeads.of(config)
+    order: Order | None = None
+    if family.interleaved and (match := re.search(r"\.attn_([qk])\.weight", name)):
+        heads = config[f"num_{_HEADS[match[1]]}_heads"]
+        order = functools.partial(_halves_together, heads=heads)
+    elif value_heads is not None:
+        order = value_heads.rows(name)
+    minus = float(family.norms_plus_one and re.search(r"(?<!ssm_)norm\.weight$", name) is not None)
+    shape: tuple[int, ...] | None = None
+    if parameter.endswith("shared_expert_gate.weight"):
+        shape = (1, -1)
+    elif parameter.endswith("conv1d.weight"):
+        shape = (tensor.shape[0], 1, tensor.shape[-1])
+    read = functools.partial(_weight, name, tensor, order, minus, shape)
+    if value_heads is None or not name.endswith((".ssm_a", ".ssm_out.weight")):
+        return read
+    change = _log if name.endswith("_a") else value_heads.columns
+    return functools.partial(_changed, name, tensor, read, change)
 
 
 def is_quantized_gguf(header: GGUFHeader) -> bool:
@@ -132,6 +156,20 @@ def _parameter(file: Path, stored: str, family: Family, fields: dict[str, Any]) 
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
 
 
+def _without_later_layers(header: GGUFHeader, name: str) -> GGUFHeader:
+    """Return a header without layers of multi-token prediction, which transformers has none of."""
+    blocks, later = (header.fields.get(f"{name}.{key}") for key in ("block_count", NEXTN))
+    if not name.startswith("qwen35") or type(blocks) is not int or type(later) is not int:
+        return header
+    numbers = {stored: re.match(r"blk\.(\d+)\.", stored) for stored in header.tensors}
+    kept = {
+        stored: tensor
+        for stored, tensor in header.tensors.items()
+        if (match := numbers[stored]) is None or int(match[1]) < blocks - later
+    }
+    return header._replace(tensors=kept)
+
+
 def _stays(name: str, tensor: GGUFTensor) -> bool:
     """Whether a tensor stays in 4 or 8 bits."""
     matrix = len(tensor.shape) == (3 if "_exps." in name else 2)
@@ -139,7 +177,7 @@ def _stays(name: str, tensor: GGUFTensor) -> bool:
     return matrix and tensor.type.is_exact and is_read_as_one
 
 
-def _log(file: Path, header: GGUFHeader) -> None:
+def _log_types(file: Path, header: GGUFHeader) -> None:
     """Log the types that stay quantized and those that are expanded, with their memory."""
     count: Counter[tuple[str, str]] = Counter()
     stored: Counter[tuple[str, str]] = Counter()
@@ -208,16 +246,16 @@ def _dense(name: str, tensor: GGUFTensor) -> Tensor:
 def _weight(
     name: str,
     tensor: GGUFTensor,
-    heads: int | None,
+    order: Order | None,
     minus: float,
     shape: tuple[int, ...] | None,
 ) -> Tensor | QuantWeight | Expanded:
     """Return the parameter of one tensor, undoing what the converter changed."""
     weight = _read(name, tensor)
     with reading(tensor.file, name):
-        if heads is not None:
-            order = _halves_together(tensor.shape[0], heads)
-            weight = weight[order] if isinstance(weight, Tensor) else take_rows(weight, order)
+        if order is not None:
+            rows = order(tensor.shape[0])
+            weight = weight[rows] if isinstance(weight, Tensor) else take_rows(weight, rows)
         if isinstance(weight, Tensor):
             weight = weight.float() - minus if minus else weight
             weight = weight if shape is None else weight.view(shape)
@@ -242,13 +280,26 @@ def _row(name: str, tensor: GGUFTensor, row: int) -> Tensor:
     return values[row]
 
 
-def _transposed(name: str, tensor: GGUFTensor, read: Thunk) -> Tensor | QuantWeight | Expanded:
-    """Return a weight of `read`; experts [E, N, K] in full precision as [E, K, N]."""
+def _changed(
+    name: str, tensor: GGUFTensor, read: Thunk, change: Callable[[Any], Any]
+) -> Tensor | QuantWeight | Expanded:
+    """Return what `change` makes of a weight: of its values if it is expanded."""
     weight = read()
     with reading(tensor.file, name):
         if isinstance(weight, Expanded):
-            return replace(weight, values=weight.values.transpose(1, 2).contiguous())
-        return weight.transpose(1, 2).contiguous() if isinstance(weight, Tensor) else weight
+            return replace(weight, values=change(weight.values))
+        changed: Tensor | QuantWeight = change(weight)
+    return changed
+
+
+def _transposed(weight: Tensor | QuantWeight) -> Tensor | QuantWeight:
+    """Return experts [E, N, K] in full precision as [E, K, N]; quantized ones unchanged."""
+    return weight.transpose(1, 2).contiguous() if isinstance(weight, Tensor) else weight
+
+
+def _log(decay: Tensor) -> Tensor:
+    """Return A_log of decay = −exp(A_log)."""
+    return torch.log(-decay.float())
 
 
 def _gate_up(

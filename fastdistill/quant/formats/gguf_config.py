@@ -18,7 +18,7 @@ from ...runtime import checks
 from ...runtime.checks import fail
 from .gguf_header import GGUFHeader
 from .gguf_metadata import check_scale, read_metadata
-from .gguf_names import family_of, has_experts
+from .gguf_names import NEXTN, family_of, has_experts
 from .tensor_files import fail_checkpoint, reading
 
 _FREQUENCIES = "rope_freqs.weight"
@@ -26,12 +26,24 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE = (_FREQUENCIES, _LONG, _SHORT)
 _TABLE = {  # the names in GGUF_CONFIG_MAPPING
     "gpt-oss": "gpt_oss",
+    "granite": "llama",
     "minimax-m2": "minimax_m2",
+    "olmo2": "llama",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
+    "qwen35": "qwen3",
+    "qwen35moe": "qwen3_moe",
+    "smollm3": "llama",
+}
+_LINEAR_ATTENTION = {  # of Qwen3.5
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "full_attention_interval": "full_attention_interval",
 }
 _NOT_OF_THE_CONFIG = ("rotary_dim", "scoring_func")  # of MiniMax-M2 in that table
-_PARTLY_ROTARY = ("minimax-m2", "phi3", "stablelm")
+_PARTLY_ROTARY = ("minimax-m2", "phi3", "qwen35", "qwen35moe", "stablelm")
 _OWN_WIDTH = (
     "gemma2",
     "gemma3",
@@ -39,6 +51,8 @@ _OWN_WIDTH = (
     "minimax-m2",
     "qwen3",
     "qwen3moe",
+    "qwen35",
+    "qwen35moe",
 )  # models whose heads have a width of their own
 # Layers of the 27B models, whose attention is scaled by hidden_size / heads (llama.cpp).
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
@@ -73,17 +87,15 @@ def _config(header: GGUFHeader, family: str, factors: dict[str, Tensor]) -> dict
         config.pop(entry, None)
     config |= {"model_type": family_of(fields, family).model_type, **metadata}
     config["tie_word_embeddings"] = "output.weight" not in tensors
+    later = fields.get(f"{family}.{NEXTN}", 0)
+    checks.integer(f"{family}.{NEXTN}", later, 0)
+    config["num_hidden_layers"] -= later
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if config["num_hidden_layers"] != len(blocks):
         expected = f"{len(blocks)}, as many as there are tensors of"
         fail(f"{family}.block_count", expected, repr(config["num_hidden_layers"]))
     width, rotated = _heads(fields, family, config)
-    if family.startswith("gemma"):
-        config |= _gemma(fields, family, config, width)
-    elif family == "stablelm":
-        config |= _stablelm(header)
-    elif has_experts(fields, family):
-        config |= _mixture(header, family)
+    config |= _of_family(header, family, config, width)
     for name, factor in factors.items():
         if factor.numel() != rotated // 2:
             expected = f"{rotated // 2} numbers, one for 2 dimensions of a head"
@@ -95,6 +107,23 @@ def _config(header: GGUFHeader, family: str, factors: dict[str, Tensor]) -> dict
     elif _LONG in factors or _SHORT in factors:
         fail(_LONG, "rotary factors in a phi3 model only", f"one in a {family} model")
     return config
+
+
+def _of_family(
+    header: GGUFHeader, family: str, config: dict[str, Any], width: int
+) -> dict[str, Any]:
+    """Return the entries that one family has; Gemma 3 takes its rotary entries out of `config`."""
+    fields = header.fields
+    if family.startswith("gemma"):
+        return _gemma(fields, family, config, width)
+    if family == "stablelm":
+        return _stablelm(header)
+    if family == "granite":
+        return _granite(fields, width)
+    entries = _mixture(header, family) if has_experts(fields, family) else {}
+    if family.startswith("qwen35"):
+        entries |= _linear_attention(fields, family)
+    return entries
 
 
 def _heads(fields: dict[str, Any], family: str, config: dict[str, Any]) -> tuple[int, int]:
@@ -158,6 +187,21 @@ def _gemma(
     return entries
 
 
+def _granite(fields: dict[str, Any], width: int) -> dict[str, Any]:
+    """Return the four scales of Granite; one that is absent or 0 has no effect."""
+    entries = {}
+    for key, (entry, neutral) in {
+        "embedding_scale": ("embedding_multiplier", 1.0),
+        "residual_scale": ("residual_multiplier", 1.0),
+        "logit_scale": ("logits_scaling", 1.0),
+        "attention.scale": ("attention_multiplier", width**-0.5),
+    }.items():
+        scale = fields.get(f"granite.{key}") or neutral
+        checks.positive(f"granite.{key}", scale)
+        entries[entry] = float(scale)
+    return entries
+
+
 def _stablelm(header: GGUFHeader) -> dict[str, Any]:
     parallel = not any(name.endswith(".ffn_norm.weight") for name in header.tensors)
     stated = header.fields.get("stablelm.use_parallel_residual", parallel)
@@ -182,9 +226,11 @@ def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
     checks.integer(f"{family}.expert_used_count", used, 1, experts)
     if not family.endswith("moe"):  # their experts have the width feed_forward_length
         return {"num_local_experts": experts, "num_experts_per_tok": used}
-    entries: dict[str, Any] = {"norm_topk_prob": family == "qwen3moe"}  # as llama.cpp
+    entries: dict[str, Any] = {}
+    if family != "qwen35moe":
+        entries["norm_topk_prob"] = family == "qwen3moe"  # as llama.cpp
     widths = {"moe_intermediate_size": ("blk.0.ffn_gate_exps.weight", 1)}
-    if family == "qwen2moe":
+    if family != "qwen3moe":
         widths["shared_expert_intermediate_size"] = ("blk.0.ffn_gate_shexp.weight", 0)
     for entry, (name, axis) in widths.items():
         shape = header.tensors[name].shape if name in header.tensors else ()
@@ -192,6 +238,22 @@ def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
             fail(name, f"a tensor of {axis + 2} dimensions", list(shape) or "none")
         entries[entry] = shape[axis]
     return entries
+
+
+def _linear_attention(fields: dict[str, Any], family: str) -> dict[str, Any]:
+    """Return the sizes of Qwen3.5's linear attention."""
+    entries: dict[str, Any] = {}
+    for key, entry in _LINEAR_ATTENTION.items():
+        entries[entry] = fields.get(f"{family}.{key}")
+        checks.integer(f"{family}.{key}", entries[entry], 1)
+    keys, values = entries["linear_num_key_heads"], entries["linear_num_value_heads"]
+    inner = fields.get(f"{family}.ssm.inner_size")
+    if values % keys:
+        fail(f"{family}.ssm.time_step_rank", f"a multiple of {keys} (ssm.group_count)", values)
+    checks.integer(f"{family}.ssm.inner_size", inner, 1)
+    if inner % values:
+        fail(f"{family}.ssm.inner_size", f"a multiple of {values} (ssm.time_step_rank)", inner)
+    return {**entries, "linear_value_head_dim": inner // values}
 
 
 def _long_rope(fields: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, Any]:

@@ -38,11 +38,21 @@ _READ = {
     "rope.scale_linear",
 }
 _EXPERTS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_QWEN35 = {
+    *(f"ssm.{key}" for key in ("conv_kernel", "group_count", "inner_size", "state_size")),
+    "ssm.time_step_rank",
+    "full_attention_interval",
+    "nextn_predict_layers",
+    "rope.dimension_sections",  # of images: the positions of a text are equal in all sections
+}
 _READ_OF = {  # by family, besides
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
+    "granite": {"embedding_scale", "logit_scale", "residual_scale"},
     "gemma3": {"rope.freq_base_swa", "attention.sliding_window_pattern"},
     "phi3": {"rope.scaling.attn_factor", "rope.scaling.original_context_length"},
     "qwen2moe": {"expert_shared_feed_forward_length"},
+    "qwen35": _QWEN35,
+    "qwen35moe": _QWEN35 | {"expert_shared_feed_forward_length", "feed_forward_length"},
     "stablelm": {"use_parallel_residual"},
 }
 # Families whose whole heads rotate.
@@ -141,13 +151,15 @@ def required(fields: dict[str, Any], family: str) -> tuple[str, ...]:
     moe = ("expert_count", "expert_used_count") if has_experts(fields, family) else ()
     if family == "stablelm":
         return *_REQUIRED[:-1], "attention.layer_norm_epsilon"
+    if family == "qwen35moe":  # all its feed-forward layers are experts
+        return *(key for key in _REQUIRED if key != "feed_forward_length"), *moe
     return *_REQUIRED, *moe
 
 
 def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
     """Raise ValueError for heads whose scale or value size does not follow from their width."""
     scale, values = (fields.get(f"{family}.attention.{key}") for key in ("scale", "value_length"))
-    is_free = family.startswith("gemma")  # their config has the scale
+    is_free = family.startswith(("gemma", "granite"))  # their config has the scale
     if scale and not is_free and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
         expected = f"{width**-0.5:g}, 1/√{width}"
         fail(f"{family}.attention.scale", expected, _short(scale))
