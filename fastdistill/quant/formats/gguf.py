@@ -162,12 +162,12 @@ def _without_later_layers(header: GGUFHeader, name: str) -> GGUFHeader:
     if not name.startswith("qwen35") or type(blocks) is not int or type(later) is not int:
         return header
     numbers = {stored: re.match(r"blk\.(\d+)\.", stored) for stored in header.tensors}
-    kept = {
+    tensors = {
         stored: tensor
         for stored, tensor in header.tensors.items()
         if (match := numbers[stored]) is None or int(match[1]) < blocks - later
     }
-    return header._replace(tensors=kept)
+    return header._replace(tensors=tensors)
 
 
 def _stays(name: str, tensor: GGUFTensor) -> bool:

@@ -56,7 +56,8 @@ _EXPAND = (
     "m = t.AutoModelForCausalLM.from_pretrained(at); "
     "[setattr(x, n, torch.nn.Parameter(p.dequantize())) for x in m.modules() "
     "for n, p in list(x.named_parameters(recurse=False)) if type(p) is not torch.nn.Parameter]; "
-    "m.hf_quantizer.remove_quantization_config(m); m.save_pretrained(out); "
+    "m.hf_quantizer.remove_quantization_config(m); m._weight_conversions = None; "
+    "m.save_pretrained(out); "
     "t.AutoTokenizer.from_pretrained(at).save_pretrained(out)"
 )
 
