@@ -12,6 +12,7 @@ from .runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import compat
+    from .hf.token_map import TokenMap
     from .losses.dense import linear_distill_loss
     from .losses.draft import dpace_weights
     from .losses.linear_head import linear_logprobs_at, linear_lse_gather, linear_topk
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .teachers.fidelity import FidelityReport
     from .teachers.http import OpenAISampler, ServedTeacher
     from .teachers.local import Teacher, load_teacher
+    from .teachers.mapped import MappedTeacher
     from .teachers.routed import RoutedTeacher
     from .training.config import DistillConfig
     from .training.self_teacher import SelfTeacher
@@ -38,6 +40,7 @@ __all__ = [
     "Int8Linear",
     "LUT4Linear",
     "LinearDistillLoss",
+    "MappedTeacher",
     "OpenAISampler",
     "RoutedTeacher",
     "SelectedLogits",
@@ -45,6 +48,7 @@ __all__ = [
     "ServedTeacher",
     "Teacher",
     "TeacherCache",
+    "TokenMap",
     "TokenScores",
     "TopK",
     "TopKDistillLoss",
@@ -64,6 +68,7 @@ __all__ = [
 
 _NAMES_OF = {
     "teachers.cache": ("CacheError", "TeacherCache"),
+    "hf.token_map": ("TokenMap",),
     "losses.dense": ("linear_distill_loss",),
     "losses.draft": ("dpace_weights",),
     "teachers.fidelity": ("FidelityReport",),
@@ -75,6 +80,7 @@ _NAMES_OF = {
     "losses.scores": ("token_scores",),
     "teachers.http": ("OpenAISampler", "ServedTeacher"),
     "teachers.local": ("Teacher", "load_teacher"),
+    "teachers.mapped": ("MappedTeacher",),
     "teachers.routed": ("RoutedTeacher",),
     "training.config": ("DistillConfig",),
     "training.self_teacher": ("SelfTeacher",),

@@ -77,7 +77,7 @@ class DistillCollator:
             return {}
         if self.more is not None:
             hint = "its answers are for the prompts of the student"
-            fail(TEACHER_PROMPT, "no such column with a cache", "one", hint)
+            fail(TEACHER_PROMPT, "no such column with a cache or a MappedTeacher", "one", hint)
         parts = [
             row.ids[: row.prompt_length] if prompt is None else prompt
             for row, prompt in zip(rows, prompts, strict=True)

@@ -40,7 +40,7 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
         f"processing_class: expected the teacher's tokenizer, got one in which {len(differing):,} "
         f"tokens have another id (first: {example!r} is {a.get(example)} for the student and "
         f"{b.get(example)} for the teacher). Top-k distillation compares probabilities id by id: "
-        "use a teacher and a student of one tokenizer"
+        "use a teacher and a student of one tokenizer, or a MappedTeacher"
     )
 
 

@@ -3,7 +3,8 @@
 A teacher may also have `tokenizer`, which is compared with the student's, `vocab_size`, the number
 of logits, and `row_limit`, the longest row that it reads (a RowLimit of hf/positions.py). Missing
 ones are not checked. A teacher with `columns`, names of columns of the dataset, gets their values
-as columns={name: [value of each row, …]} in every call. All answers must be distributions (see
+as columns={name: [value of each row, …]} in every call. A teacher whose answers_all is False leaves
+positions without an answer in a cache. All answers must be distributions (see
 losses/answer_checks.py).
 """
 

@@ -15,6 +15,7 @@ from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from .checks.dataset import some_of
 from .config import DistillConfig
+from .shared_targets import leave_out
 
 _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
@@ -31,13 +32,17 @@ class CacheLookup:
         answers = self.teacher.topk(
             batch["input_ids"], batch["attention_mask"], k=self.k, temperature=self.temperature
         )
-        unanswered = (answers.ids[:, :-1] < 0).all(-1) & (batch["labels"][:, 1:] != IGNORE_INDEX)
-        if unanswered.any():
-            _fail_unanswered(
-                self.teacher, f"{unanswered.sum()} targets without answers in one batch"
-            )
         assert answers.log_tail is not None
-        return dict(zip(_COLUMNS, (answers.ids, answers.logprobs, answers.log_tail), strict=True))
+        payload = (answers.ids, answers.logprobs, answers.log_tail)
+        columns = dict(zip(_COLUMNS, payload, strict=True))
+        without = (answers.ids < 0).all(-1)
+        left_out = leave_out(batch["labels"], without)
+        if self.teacher.maps_tokens:
+            return columns | left_out
+        if unanswered := int(left_out["unaligned"].sum()):
+            got = f"{unanswered} targets without answers in one batch"
+            _fail_unanswered(self.teacher, got)
+        return columns
 
 
 def cache_lookup(teacher: Any, config: DistillConfig) -> CacheLookup | None:

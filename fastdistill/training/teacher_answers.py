@@ -13,6 +13,7 @@ from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.local import Teacher
+from ..teachers.mapped import MappedTeacher
 from ..teachers.protocols import DenseTeacher
 from .cached_answers import answers_from_batch
 from .checks.signal import check_alignment
@@ -62,7 +63,8 @@ def get_answers(
     # A position may lose all its ids when they are cut to the shared vocabulary; the source was
     # checked before. With a vocabulary of unknown size it means that the vocabularies differ.
     cut = getattr(teacher, "valid_vocab", None) is not None
-    may_be_empty = cut and teacher_vocab is not None
+    # Nor has a position whose ids the student does not have.
+    may_be_empty = (cut and teacher_vocab is not None) or isinstance(teacher, MappedTeacher)
     rules = AnswerRules(vocab=vocab, nothing=may_be_empty, total="any" if cut else "equal")
     monitor.check(answers, targets.rows, positions, rules)
     return targets, answers
@@ -75,6 +77,8 @@ def has_trusted_positions(teacher: Any) -> bool:
     """
     if isinstance(teacher, TeacherCache):
         return teacher.of_a_model
+    if isinstance(teacher, MappedTeacher):
+        return has_trusted_positions(teacher.teacher)
     return isinstance(teacher, Teacher) and type(teacher).topk is Teacher.topk
 
 
@@ -101,7 +105,7 @@ def _topk(
         return TopK.empty((0, k), T, device=ids.device)
     arguments = dict(view.options)
     trusted = has_trusted_positions(teacher)
-    if isinstance(teacher, Teacher) and trusted:
+    if isinstance(teacher, MappedTeacher) or (isinstance(teacher, Teacher) and trusted):
         arguments["where"] = torch.zeros_like(ids, dtype=torch.bool)
         arguments["where"].view(-1)[view.targets.sources] = True
     answers = answers_from_batch(batch, T)

@@ -18,6 +18,7 @@ from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
 from ..teachers.local import Teacher, load_teacher
+from ..teachers.mapped import MappedTeacher
 from ..teachers.protocols import DenseTeacher, ScoringTeacher, TopKTeacher
 from ..teachers.routed import RoutedTeacher
 from .cached_answers import check_cache_settings
@@ -73,12 +74,19 @@ def resolve_teacher(
         # Answers of a server or cache of unknown vocabulary size are cut to the student's head.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
-    for local in teacher.teachers.values() if isinstance(teacher, RoutedTeacher) else [teacher]:
+    for local in _parts(teacher):
         if isinstance(local, Teacher):
             model = local.model
             if not (hasattr(model, "hf_device_map") or is_offloaded(model)):
                 local.to(config.device)
     return ResolvedTeacher(teacher, vocab)
+
+
+def _parts(teacher: Any) -> list[Any]:
+    """Return the teachers inside a RoutedTeacher or a MappedTeacher, or the teacher itself."""
+    if isinstance(teacher, RoutedTeacher):
+        return [part for routed in teacher.teachers.values() for part in _parts(routed)]
+    return _parts(teacher.teacher) if isinstance(teacher, MappedTeacher) else [teacher]
 
 
 def check_fit(
@@ -114,6 +122,8 @@ def check_fit(
         _check_scores_ids(teacher)
     if isinstance(teacher, TeacherCache):
         check_cache_settings(teacher, config, processing_class)
+    if isinstance(teacher, MappedTeacher) and isinstance(teacher.teacher, TeacherCache):
+        check_cache_settings(teacher.teacher, config, None)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
         teacher.check_tokenizer(processing_class)
     vocab = _shared_vocabulary(teacher, student, processing_class)

@@ -46,9 +46,10 @@ from .logs.run_log import RunLog
 from .loss import Answers, Loss, LossResult, ScoringAnswers, TeacherHidden
 from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
-from .router_loss import add_router_loss, router_coefficient
+from .router_loss import add_router_columns, add_router_loss, router_coefficient
 from .samplers import Sampler
 from .self_teacher import FollowStudent, SelfTeacher
+from .shared_targets import check_shares_targets, mapped_sums, shared_targets
 from .student import (
     check_packable,
     compile_body,
@@ -101,7 +102,8 @@ class DistillTrainer(WholeCheckpoints):
 
     `evaluate` returns loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket
     tail), agreement (share of positions where both rank the same token first), teacher_mass,
-    student_mass and acceptance_rate Σ min(p, q) (bucket tail). All are means over target tokens; no
+    student_mass and acceptance_rate Σ min(p, q) (bucket tail); of a mixture also router_aux_loss,
+    which loss includes with its weight. All are means over target tokens; no
     logits are gathered. `predict` returns the per-sequence sums, one row of EVAL_COLUMNS each, and
     the counts of histograms.py as label_ids. `train` also accepts resume_from_checkpoint="auto":
     the last complete checkpoint, if there is one.
@@ -169,7 +171,7 @@ class DistillTrainer(WholeCheckpoints):
                     pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
                     encoder=encoder,
                     prompts=args.lmbda > 0,
-                    more=cache_lookup(teacher, args),
+                    more=cache_lookup(teacher, args) or shared_targets(teacher),
                     columns=tuple(getattr(teacher, "columns", ())),
                     teacher_prompts=teacher is not None,
                 ),
@@ -207,6 +209,7 @@ class DistillTrainer(WholeCheckpoints):
             datasets = datasets_by_name(train_dataset, eval_dataset)
             check_images(columns_with_images(encoder.images, datasets), self.teacher, args)
             check_cache_covers(teacher, encoder, datasets)
+            check_shares_targets(teacher, encoder, datasets)
             check_lengths(datasets, encoder, limits, args)
         if args.torch_compile:  # after all checks that run the model
             compile_body(self.model, args)
@@ -267,6 +270,8 @@ class DistillTrainer(WholeCheckpoints):
                 and self.is_world_process_zero()
             ):
                 self._run_log.set_samples(excerpts(batches[0], tokenizer_of(self.processing_class)))
+            if self.data_collator.more is not None:
+                batches = [batch | self.data_collator.more(batch) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
             batches = [{**batch, "sampled": True} for batch in batches]
         return batches, count
@@ -286,14 +291,14 @@ class DistillTrainer(WholeCheckpoints):
         first_batch_left = self.model.training and self.panel is None and len(targets.labels) > 0
         if first_batch_left and answers is not None:
             use = partial(self._first_loss, use, targets, answers, inputs)
-        finish, student = None, without_adapters(self.accelerator.unwrap_model(model))
-        coefficient = router_coefficient(student) if self.model.training else None
+        coefficient, finish = self._router_coefficient(), None
         if coefficient is not None:
             finish = partial(add_router_loss, coefficient=coefficient, targets=len(targets.labels))
         with self._at_head(model, inputs, targets, use, finish) as student_inputs:
             result: LossResult = model(**student_inputs)
         if self.model.training:
-            self.add_metrics(result.sums)
+            mapped = mapped_sums(self.teacher, inputs, len(targets.labels))
+            self.add_metrics(result.sums | mapped)
         if num_items_in_batch is None:
             loss = result.loss / max(len(targets.labels), 1)
         else:
@@ -304,6 +309,9 @@ class DistillTrainer(WholeCheckpoints):
         if self.model.training:
             loss = self.mark_loss(loss)
         return (loss, {}) if return_outputs else loss
+
+    def _router_coefficient(self) -> float | None:
+        return router_coefficient(without_adapters(self.accelerator.unwrap_model(self.model)))
 
     def _get_answers(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
         monitor, vocab = self._monitor, self._vocab
@@ -454,13 +462,17 @@ class DistillTrainer(WholeCheckpoints):
         inputs = self._prepare_inputs(inputs)
         targets, answers = self._get_answers(inputs, check=False)
 
+        coefficient, finish = self._router_coefficient(), None
+        if coefficient is not None:
+            finish = partial(add_router_columns, coefficient=coefficient)
+
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._measured.measure(hidden, head, targets, answers)
 
         with (
             torch.no_grad(),
             self.compute_loss_context_manager(),
-            self._at_head(model, inputs, targets, sums) as student_inputs,
+            self._at_head(model, inputs, targets, sums, finish) as student_inputs,
         ):
             return None, *model(**student_inputs)
 

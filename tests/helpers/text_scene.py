@@ -79,6 +79,23 @@ def byte_level(*, trim: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+def byte_bpe(size, corpus=CORPUS, normalizer=None) -> PreTrainedTokenizerFast:
+    """As GPT-2's, with an end token and no other special token but padding."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        core.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special("<pad>", "</s>"),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+
+
 def metaspace(scheme: str = "first") -> PreTrainedTokenizerFast:
     """As Llama 2's: a mark for spaces, one put before the text, bytes for what has no token, and a
     token that begins every text."""

@@ -14,7 +14,7 @@ from fastdistill.training.trainer import DistillTrainer
 VOCAB = 53
 
 
-def llama(seed: int, *, vocab=VOCAB, hidden=32, scale=1.0, tied=False):
+def llama(seed: int, *, vocab=VOCAB, hidden=32, scale=1.0, tied=False, positions=64):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -24,7 +24,7 @@ def llama(seed: int, *, vocab=VOCAB, hidden=32, scale=1.0, tied=False):
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=positions,
             tie_word_embeddings=tied,
         )
     )

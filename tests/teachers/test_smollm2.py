@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdistill import ServedTeacher, TeacherCache, load_teacher
+from fastdistill import MappedTeacher, ServedTeacher, TeacherCache, TokenMap, load_teacher
 from fastdistill.alignment.audits import Subject, TokenKLAudit
 from fastdistill.quant.loading import load_expanded
+from helpers.project_files import ROOT
 from helpers.served import ours
-from helpers.training import step_losses, train
+from helpers.text_scene import byte_bpe
+from helpers.training import llama, step_losses, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -176,3 +178,38 @@ def test_the_peak_of_loading(file):
     command = [sys.executable, "-c", MEASURE, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.3
+
+
+def test_a_student_with_another_tokenizer_learns(tmp_path, teacher):
+    """Its BPE of 1000 tokens is trained here; the teacher's has 49152."""
+    pages = [page.read_text("utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+    tokenizer = byte_bpe(1000, pages)
+    pages = [page for page in pages if len(page) > 1000]
+    rows = [{"text": page[at : at + 120]} for page in pages for at in (0, 400, 800)]
+    tokens = TokenMap(tokenizer, teacher.tokenizer)
+    for row in rows[:40]:
+        ids = tokenizer(row["text"])["input_ids"]
+        aligned = tokens.align(ids)
+        assert aligned.ids == teacher.tokenizer(row["text"])["input_ids"]
+        for i, j in zip(aligned.student, aligned.teacher, strict=True):
+            assert tokenizer.decode(ids[: i + 1]) == teacher.tokenizer.decode(aligned.ids[: j + 1])
+        assert aligned.student[-1] == len(ids) - 1
+    torch.manual_seed(0)
+    student = llama(0, vocab=len(tokenizer), positions=128)
+    trainer = train(
+        tmp_path,
+        model=student,
+        teacher=MappedTeacher(teacher, tokens, min_mass=0.3),
+        data=rows[:24],
+        eval_dataset=rows[24:32],
+        processing_class=tokenizer,
+        max_steps=8,
+        optim="adamw_torch",
+        per_device_train_batch_size=8,
+    )
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    after = trainer.evaluate()["eval_kl"]
+    trainer.model.load_state_dict(llama(0, vocab=len(tokenizer), positions=128).state_dict())
+    assert after < trainer.evaluate()["eval_kl"] - 0.2
+    assert 0.3 < logs[-1]["aligned"] < 1
+    assert 0.3 < logs[-1]["mapped_mass"] < 1

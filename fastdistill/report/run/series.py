@@ -20,6 +20,8 @@ TRAINING = {
     "learning_rate": Quantity(title="Learning rate", unit="learning rate"),
     "grad_norm": Quantity(title="Gradient norm", unit="norm", falls=True),
     "selected": Quantity(title="Tokens trained on", unit="% of tokens", share=True),
+    "aligned": Quantity(title="Targets that both tokenizers have", unit="% of targets", share=True),
+    "mapped_mass": Quantity(title="Teacher's mass on the student's tokens", unit="%", share=True),
 }
 MASSES = {
     "teacher_mass": Quantity(title="Teacher's mass on its k tokens", unit="%", share=True),

@@ -208,6 +208,13 @@ class TeacherCache:
         return bool(self.manifest.settings.teacher["kind"] == "fastdistill.teachers.local.Teacher")
 
     @property
+    def maps_tokens(self) -> bool:
+        """Whether a MappedTeacher answered, which leaves out positions of one tokenizer alone."""
+        return bool(
+            self.manifest.settings.teacher["kind"] == "fastdistill.teachers.mapped.MappedTeacher"
+        )
+
+    @property
     def sampled(self) -> bool:
         """Whether the answers are samples, which only the forward KL supports."""
         return self.manifest.settings.draws is not None

@@ -26,10 +26,9 @@ _TOKENS = 16384  # per call, padding included; a Teacher regroups them by its ow
 class FromTeacher:
     """Answers groups of rows of similar length; the groups depend on the shard alone."""
 
-    answers_all = True
-
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
+        self.answers_all = getattr(teacher, "answers_all", True)
         # Answers stay on the model's device until they are packed: sorting is slow on a CPU.
         self.device = "cpu" if reader_of(teacher) is None else teacher.head.weight.device
 

@@ -46,6 +46,10 @@ def means(sums: dict[str, float], step: int, group_size: int) -> dict[str, float
         )
     counted = sums.pop("tokens")
     tokens, extra = max(counted, 1.0), {"target_tokens": counted / group_size}
+    if "unaligned" in sums:  # targets that only one tokenizer has
+        extra["aligned"] = counted / max(counted + sums.pop("unaligned"), 1.0)
+    if "mapped_mass" in sums:
+        extra["mapped_mass"] = sums.pop("mapped_mass") / max(sums.pop("mapped_positions"), 1.0)
     if "selected" in sums:
         selected = sums.pop("selected")
         extra["selected"] = selected / tokens

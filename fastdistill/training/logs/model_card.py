@@ -9,6 +9,7 @@ from typing import Any
 from ...runtime.atomic_files import write_atomically
 from ...runtime.backend import describe
 from ...runtime.version import __version__
+from ...teachers.mapped import MappedTeacher
 from ..config import DistillConfig
 from ..loss import Loss
 from .first_batch import Panel
@@ -90,6 +91,8 @@ def name_of(model: Any) -> str | None:
 def describe_teacher(teacher: Any) -> str:
     if teacher is None:
         return "none: the labels alone"
+    if isinstance(teacher, MappedTeacher):
+        return f"{describe_teacher(teacher.teacher)}, with another tokenizer"
     name = getattr(teacher, "name", None) or name_of(getattr(teacher, "model", None))
     label = name or f"{type(getattr(teacher, 'model', teacher)).__name__}, given as an object"
     quant = getattr(teacher, "quant", None)
