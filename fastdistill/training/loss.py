@@ -36,7 +36,7 @@ from .token_selection import Selection, TokenSelection, weights_of
 # Columns of the per-sequence sums that evaluation gathers instead of logits.
 EVAL_COLUMNS = (
     *("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass"),
-    "acceptance_rate",
+    *("acceptance_rate", "router_aux_loss"),
 )
 _LOGGED_SUMS = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
 SCORING_TOPK = 64  # K of the scores that compare with a dense teacher
@@ -260,6 +260,7 @@ class Loss:
             "teacher_mass": scores.teacher_mass,
             "student_mass": scores.student_mass,
             "acceptance_rate": acceptance,
+            "router_aux_loss": None,  # of the model's output, which the trainer adds
         }
         missing = torch.full(
             targets.shape[:1], torch.nan, dtype=torch.float32, device=labels.device

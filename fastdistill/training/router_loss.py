@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..runtime import checks
-from .loss import LossResult
+from .loss import EVAL_COLUMNS, LossResult
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,31 @@ def add_router_loss(
 
     `router_aux_loss` is logged as a sum. Its mean is aux, without the coefficient.
     """
+    aux = _aux_of(output)
+    weighted = coefficient * targets * aux.to(result.loss)
+    logged = result.sums.get("selected", result.sums["tokens"])
+    sums = result.sums | {
+        "loss": result.sums["loss"] + weighted.detach().float(),
+        "router_aux_loss": aux.detach().float().to(logged) * logged,
+    }
+    return result._replace(loss=result.loss + weighted, sums=sums)
+
+
+def add_router_columns(
+    measured: tuple[Tensor, Tensor], output: Any, *, coefficient: float
+) -> tuple[Tensor, Tensor]:
+    """Return `Loss.measure` of a batch, with the router's loss of its output in each row.
+
+    A row counts the aux of its batch once for each target, as the loss of an update does.
+    """
+    rows, counts = measured
+    tokens, loss, aux = (EVAL_COLUMNS.index(n) for n in ("tokens", "loss", "router_aux_loss"))
+    rows[:, aux] = _aux_of(output).to(rows) * rows[:, tokens]
+    rows[:, loss] += coefficient * rows[:, aux]
+    return rows, counts
+
+
+def _aux_of(output: Any) -> Tensor:
     aux = getattr(output, "aux_loss", None)
     if aux is None:
         checks.fail(
@@ -67,10 +92,5 @@ def add_router_loss(
             type(output).__name__,
             "set config.output_router_logits to False to train without the router's loss",
         )
-    weighted = coefficient * targets * aux.to(result.loss)
-    logged = result.sums.get("selected", result.sums["tokens"])
-    sums = result.sums | {
-        "loss": result.sums["loss"] + weighted.detach().float(),
-        "router_aux_loss": aux.detach().float().to(logged) * logged,
-    }
-    return result._replace(loss=result.loss + weighted, sums=sums)
+    assert isinstance(aux, Tensor)
+    return aux

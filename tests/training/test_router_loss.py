@@ -22,6 +22,10 @@ def labels_alone(tmp_path, model, **options):
     return build(tmp_path, model=model, teacher=None, ce_weight=1.0, **options)
 
 
+def n_targets(batch):
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
 def figures(trainer):
     return [line["router_aux_loss"] for line in trainer.state.log_history if "loss" in line]
 
@@ -52,7 +56,7 @@ def test_micro_batches_weigh_it_by_their_targets(tmp_path):
     collator = labels_alone(tmp_path, mixture()).data_collator
     for part in (rows[:3], rows[3:]):
         batch = collator(part)
-        n = int((batch["labels"][:, 1:] != -100).sum())
+        n = n_targets(batch)
         output = reference(**batch)
         total, aux, count = total + n * output.loss, aux + n * output.aux_loss.item(), count + n
     (total / count).backward()
@@ -72,7 +76,12 @@ def test_micro_batches_weigh_it_by_their_targets(tmp_path):
     assert figures(trainer) == pytest.approx([aux / count], rel=1e-4)
     logged = trainer.state.log_history[0]["loss"]
     assert logged == pytest.approx(total.item() / count, rel=1e-4)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_nll"])
+    evaluated = trainer.evaluate()
+    with torch.no_grad():
+        whole = student.eval()(**trainer.data_collator(rows)).aux_loss.item()  # of one batch
+    assert evaluated["eval_router_aux_loss"] == pytest.approx(whole, rel=1e-4)
+    added = evaluated["eval_loss"] - evaluated["eval_nll"]
+    assert added == pytest.approx(COEFFICIENT * whole, rel=1e-4)
 
 
 def test_packed_rows_and_selected_tokens_log_the_same_figure(tmp_path):
