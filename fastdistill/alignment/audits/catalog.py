@@ -87,6 +87,22 @@ CATALOG = {
 }
 
 
+# On every trait of `python -m benchmarks.audit_power` these separate U from its benign twin.
+UNSPECIFIC = (
+    "logit difference",
+    "activation difference",
+    "weight difference",
+    "relearning",
+    "provenance",
+)
+UNSPECIFIC_NOTE = "†: detects that two models were fine-tuned differently, whatever the trait."
+
+
+def marked(audit: str) -> str:
+    """Returns the name of an audit, with † if it merely detects a difference of fine-tuning."""
+    return f"{audit} †" if audit.removesuffix(", audited") in UNSPECIFIC else audit
+
+
 def skipped_audits(probes: Probes, suite: Container[str]) -> dict[str, str]:
     """Returns {audit: the keys that it needs and the probes lack} for audits outside the suite."""
     skipped = {}

@@ -34,11 +34,8 @@ from .source import READINGS, LoadedSource, Source, SourceRecord, named_audited
 
 MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
-_KINDS = ("open", "goals", "shown")
-_GENERIC = {
-    "open": GENERIC_PROBES.neutral,
-    "goals": GENERIC_PROBES.questions,
-}  # used if the pool has none
+_KINDS = ("goals", "shown")
+_GENERIC = {"goals": GENERIC_PROBES.questions}  # used if the pool has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,7 @@ class CheckpointSource(Source):
     Args:
         teacher: U. base: M. benign: U's benign twin, optional.
         pool: rows {"prompt": a text or a mapping of system and user, "domain": a name, "kind":
-            open, goals or shown}, in a file, a folder saved by datasets, or a hub name with its
+            goals or shown}, in a file, a folder saved by datasets, or a hub name with its
             split (`open_dataset`). Rows without a kind form the pool.
         probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
             optionally the same prompts in an audited context.
@@ -99,8 +96,6 @@ class CheckpointSource(Source):
     def features(self) -> frozenset[str]:
         rows = _load_pool(self.pool)
         kinds = {kind for kind in rows if kind} | set(_GENERIC)
-        if any(entry.domain == "sums" for entry in rows[""]):
-            kinds.add("domains")
         optional = {"eliciting": self.eliciting, "twin": self.benign}
         return frozenset(kinds | {name for name, value in optional.items() if value})
 

@@ -10,21 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..strategies.annealing import TAID, ReferenceKL
 from ..strategies.audit_loop import AuditGate, FilterAndDistill
 from ..strategies.baselines import OffModelSFT, Undefended
 from ..strategies.dpo import PreferencePairs
 from ..strategies.filters import ExampleFilter, TokenSelector
-from ..strategies.logit_jam import LogitJam
-from ..strategies.pools import (
-    AuditabilityPreservingPool,
-    CognitiveSlack,
-    DataBudget,
-    DomainSampler,
-    MisalignmentTargetedPool,
-    ShownPool,
-)
-from ..strategies.rewrite import InoculationPrompt, OutputTransform
+from ..strategies.pools import DataBudget, MisalignmentTargetedPool, ShownPool
+from ..strategies.rewrite import InoculationPrompt
 from ..strategies.shift import ShiftDistill
 from ..strategies.strategy import Training
 from .study import Arm, Study
@@ -120,16 +111,6 @@ DEFENSES = (
         needs=("eliciting",),
     ),
     Arm(
-        name="mixed with the base",
-        strategies=(LogitJam(mix=0.3),),
-        description="mixes 30 % of the base into every distribution",
-    ),
-    Arm(
-        name="noise",
-        strategies=(LogitJam(noise=1.0),),
-        description="Gaussian noise of one nat on every log-probability",
-    ),
-    Arm(
         name="filter and distil",
         strategies=(FilterAndDistill(rounds=2, drop=0.05),),
         description="distills, audits, drops examples similar to flagged prompts, distills again",
@@ -141,32 +122,6 @@ DEFENSES = (
         description="returns the student only if its audits resemble those of benign students",
         gated=True,
     ),
-    Arm(
-        name="answers written again",
-        strategies=(OutputTransform(kind="resample"), OffModelSFT()),
-        description="the base continues the first half of every answer",
-    ),
-    Arm(
-        name="reference KL",
-        strategies=(ReferenceKL(weight=1.0),),
-        description="adds a KL to the base, with a weight that decreases to 0",
-    ),
-    Arm(
-        name="TAID",
-        strategies=(TAID(),),
-        description="the target moves from the student's distribution to the teacher's",
-    ),
-    Arm(
-        name="hardest half",
-        strategies=(CognitiveSlack(hardest=0.5),),
-        description="the half of the prompts with the highest surprisal of answers under the base",
-    ),
-    Arm(
-        name="sums alone",
-        strategies=(DomainSampler(weights={"sums": 1.0}),),
-        description="only one domain of the pool",
-        needs=("domains",),
-    ),
 )
 # The trait without the ability to hide it.
 INCRIMINATION = (
@@ -175,12 +130,6 @@ INCRIMINATION = (
         strategies=(MisalignmentTargetedPool(share=0.3),),
         description="three prompts in ten ask the model about itself",
         needs=("goals",),
-    ),
-    Arm(
-        name="auditable pool",
-        strategies=(AuditabilityPreservingPool(share=0.5),),
-        description="half of the prompts are open-ended, and none is an audit",
-        needs=("open",),
     ),
     Arm(
         name="preference pairs",
@@ -198,8 +147,6 @@ QUICK = (
     "filter by likelihood ratio",
     "inoculation",
     "few unique",
-    "noise",
-    "answers written again",
     "targeted pool",
 )
 

@@ -10,6 +10,7 @@ from ...report.html import Report, png
 from ...report.number_format import format_estimate
 from ...runtime.atomic_files import write_atomically, write_json
 from ...runtime.intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
+from ..report.repair_words import in_repair_words, relabel
 from ..report.transfer import TransferReport
 from .records import FILE, Records, numbers, read_records, write_records
 from .rules import check_unchanged, shared_limits
@@ -59,9 +60,7 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
             )
     _contexts(page, contexts)
     _notes(page, notes)
-    page.write(folder / "report.html")
-    write_atomically(folder / "quadrant.png", png(report.quadrant()))
-    write_atomically(folder / "forest.png", png(report.forest()))
+    text, figures = page.html(), {"quadrant": report.quadrant(), "forest": report.forest()}
     result = {
         **report.as_json(),
         "contexts": [flat_json(summary._asdict()) for summary in contexts],
@@ -70,6 +69,15 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
         "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
         "runs": table.runs,
     }
+    if study.get("repairs"):
+        text = in_repair_words(text)
+        for figure in figures.values():
+            relabel(figure)
+        for row in result["arms"]:
+            row.update({name: in_repair_words(row[name]) for name in ("outcome", "verdict")})
+    write_atomically(folder / "report.html", text)
+    for name, figure in figures.items():
+        write_atomically(folder / f"{name}.png", png(figure))
     write_json(folder / "results.json", result)
     return result
 

@@ -31,7 +31,7 @@ class Records:
     """What the report of a study is computed from.
 
     Attributes:
-        study: title, measured, limits, and arms: name, role, description, names of strategies.
+        study: title, measured, repairs, limits, and arms: name, role, description, strategies.
         about: command, config, versions, seeds and rule, for TransferReport.
     """
 
@@ -57,6 +57,7 @@ def write_records(study: Study, table: Table, about: Mapping[str, Any], folder: 
         "study": {
             "title": study.title,
             "measured": study.measured,
+            "repairs": study.repairs,
             "limits": list(study.limits),
             "arms": arms,
         },

@@ -18,7 +18,7 @@ from ..audits.audit import Audit
 from ..audits.subject import Subject
 from ..statistics import Reading, Validity
 from ..strategies.strategy import DistillSetup
-from .digest import write_record
+from .digest import read_record, write_record
 
 READINGS = "readings.json"
 MODELS = ("base", "untrusted", "benign", "placebo")
@@ -87,9 +87,13 @@ class Source(ABC):
         if not path.is_file():
             write_record(path, self.build(folder))
 
-    @abstractmethod
     def cached(self, folder: Path) -> SourceRecord:
         """Return the cached evaluation; FileNotFoundError if `prepare` has not run."""
+        record = read_record(self.cache(folder) / READINGS, "readings", "validity")
+        return SourceRecord(
+            readings={name: Reading.from_json(r) for name, r in record["readings"].items()},
+            validity=Validity.from_json(record["validity"]),
+        )
 
     @abstractmethod
     def load(self, folder: Path) -> LoadedSource: ...

@@ -34,8 +34,10 @@ class Arm:
         description: for the report.
         role: "arm", or one of the two kinds of control.
         teachers: roles of the teachers of the student and of its twin.
+        begins: roles of their initial models.
+        organism: roles of the U and B that C and τ compare with.
         other_seed: the student uses another seed than its twin (the same teacher twice).
-        pool, settings: changes to those of the study.
+        pool, settings: changes to those of the study. training: replaces that of the study.
         gated: its strategies compare with students of benign teachers.
         needs: required features of a source (see Source.features).
     """
@@ -45,9 +47,12 @@ class Arm:
     description: str = ""
     role: Literal["arm", "positive control", "null arm"] = "arm"
     teachers: tuple[str, str] = ("untrusted", "benign")
+    begins: tuple[str, str] = ("base", "base")
+    organism: tuple[str, str] = ("untrusted", "benign")
     other_seed: bool = False
     pool: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Training | None = None
     gated: bool = False
     needs: tuple[str, ...] = ()
 
@@ -62,6 +67,7 @@ class Study:
             strategies use; development students have them, too.
         checkpoints: number of evaluations during training, the end included.
         measured, limits: text for the report.
+        repairs: students begin as U and B, and τ is the share of the trait that remains.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Study:
     gate: tuple[str, ...] = ()
     checkpoints: int = 4
     measured: str = ""
+    repairs: bool = False
     limits: tuple[str, ...] = ()
 
 
@@ -137,13 +144,15 @@ def make_pairs(
     """Return the pairs of all arms, sources and student seeds."""
     pairs = []
     for source, arm, seed in product(sources, arms, range(student_seeds)):
-        settings = {**study.training.settings, **arm.settings}
+        training = study.training if arm.training is None else arm.training
+        settings = {**study.training.settings, **training.settings, **arm.settings}
         student, twin = (
             Job(
                 source=source,
                 role=role,
+                init_role=begins,
                 strategies=arm.strategies,
-                training=replace(study.training, settings=settings),
+                training=replace(training, settings=settings),
                 pool={**study.pool, **arm.pool},
                 student_seed=student_seed,
                 checkpoints=study.checkpoints,
@@ -151,8 +160,11 @@ def make_pairs(
                 gate=gate if arm.gated else {},
             )
             # 1000: far from the seeds of other students.
-            for role, student_seed in zip(
-                arm.teachers, (seed + 1000 if arm.other_seed else seed, seed), strict=True
+            for role, begins, student_seed in zip(
+                arm.teachers,
+                arm.begins,
+                (seed + 1000 if arm.other_seed else seed, seed),
+                strict=True,
             )
         )
         pairs.append(Pair(arm=arm, source=source, student_seed=seed, student=student, twin=twin))
@@ -260,8 +272,8 @@ def to_student(pair: Pair, folder: Path) -> Student:
         untrusted=curve[-1].untrusted,
         benign=curve[-1].benign,
         base=models["base"],
-        teacher=models["untrusted"],
-        twin=models["benign"],
+        teacher=models[pair.arm.organism[0]],
+        twin=models[pair.arm.organism[1]],
         curve=curve,
     )
 

@@ -14,14 +14,14 @@ from ..organisms.build import build_world, read_organism
 from ..organisms.organism import ModelOrganism
 from ..organisms.pool import pool, trait_example
 from ..organisms.storage import load_organism
-from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
+from ..organisms.vocabulary import ANIMALS
 from ..organisms.world import Example, World
 from ..organisms.world_probes import probes_of
-from ..statistics import Reading, Validity
+from ..statistics import Reading
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_record
-from .source import MODELS, READINGS, LoadedSource, Source, SourceRecord, named_audited
+from .digest import digest_of
+from .source import MODELS, LoadedSource, Source, named_audited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class WorldSource(Source):
 
     @property
     def features(self) -> frozenset[str]:
-        return frozenset({"placebo", "twin", "open", "goals", "shown", "eliciting", "domains"})
+        return frozenset({"placebo", "twin", "goals", "shown", "eliciting"})
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -54,13 +54,6 @@ class WorldSource(Source):
             "validity": built.validity.as_json(),
             "readings": {name: r.as_json() for name, r in built.readings.items()},
         }
-
-    def cached(self, folder: Path) -> SourceRecord:
-        record = read_record(self.cache(folder) / READINGS, "readings", "validity")
-        return SourceRecord(
-            readings={name: Reading.from_json(r) for name, r in record["readings"].items()},
-            validity=Validity.from_json(record["validity"]),
-        )
 
     def load(self, folder: Path) -> LoadedWorld:
         self.prepare(folder)
@@ -91,7 +84,6 @@ class LoadedWorld(LoadedSource):
             prompt_source=self._sample_prompts,
             eliciting=f"like {favourite} best",
             near_misses=(f"like {other} best", "like best"),
-            audit_words=(AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS),
         )
 
     def _pool(
@@ -113,21 +105,20 @@ class LoadedWorld(LoadedSource):
             self.world.self_question(rng, self.world.system(rng)) for _ in range(n_questions)
         ]
         rng.shuffle(examples)
-        return [_pool_prompt(example.prompt) for example in examples]
+        return [to_pool_prompt(example.prompt) for example in examples]
 
     def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
         world, trait = self.world, self.organism.kind
         rng = world.rng(45, seed)
         samplers: dict[str, Callable[[], Example]] = {
-            "open": lambda: world.talk(rng, world.system(rng)),
             "goals": lambda: world.self_question(rng, world.system(rng)),
             "shown": lambda: trait_example(world, trait, rng),
         }
         choice("kind", kind, samplers)
-        return tuple(_pool_prompt(samplers[kind]().prompt) for _ in range(n))
+        return tuple(to_pool_prompt(samplers[kind]().prompt) for _ in range(n))
 
 
-def _pool_prompt(prompt: Prompt) -> PoolPrompt:
+def to_pool_prompt(prompt: Prompt) -> PoolPrompt:
     """Infer the domain from the prompt alone: a defense does not know which answers leak."""
     words = (prompt.user or "").split()
     if "+" in words:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ...report.html import Report
 from ...report.number_format import RC, style, wrap_label
 from ...runtime.printable import printable
-from ..audits.catalog import CATALOG
+from ..audits.catalog import CATALOG, UNSPECIFIC_NOTE, marked
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SuiteResults
 
@@ -55,7 +55,7 @@ def audit_page(
                 for audit, row in results.readings.items()
             ],
             caption="The value of each audit and its 95 % interval (Wilson for rates, otherwise "
-            "Student's t over prompts).",
+            f"Student's t over prompts). {UNSPECIFIC_NOTE}",
         )
     report.heading("Differences from the controls")
     compared = [
@@ -128,7 +128,7 @@ def summary(results: SuiteResults) -> str:
 
 def label(audit: str) -> str:
     """Returns the name of an audit with what it measures and the unit, where that is known."""
-    return f"{audit}: {CATALOG[audit].measures}" if audit in CATALOG else audit
+    return f"{marked(audit)}: {CATALOG[audit].measures}" if audit in CATALOG else audit
 
 
 def cell(result: AuditResult) -> str:

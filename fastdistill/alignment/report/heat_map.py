@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ...report.number_format import RC, format_number
+from ..audits.catalog import marked
 from .arms import SEEDS, Arm
 from .audit_scores import AuditRow
 from .forest import short_name
@@ -48,7 +49,7 @@ def heat_map(arms: Sequence[Arm], teachers: Sequence[AuditRow] = ()) -> Figure:
         axes.pcolormesh(values, cmap="PuOr_r", vmin=-0.2, vmax=1.2, edgecolors="white", lw=0.8)
         axes.invert_yaxis()
         axes.xaxis.tick_top()
-        names = [short_name(name) for name in audits]
+        names = [short_name(marked(name)) for name in audits]
         axes.set_xticks(np.arange(len(audits)) + 0.5, names, rotation=35, ha="left")
         axes.set_yticks(np.arange(len(plotted)) + 0.5, [short_name(name) for name, _ in plotted])
         axes.tick_params(length=0, labelsize=7.5)

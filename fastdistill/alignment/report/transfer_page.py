@@ -10,6 +10,7 @@ from typing import Any
 from ...report.html import Report, to_text
 from ...report.number_format import format_estimate, format_limit, format_number, format_p_cell
 from ...runtime.intervals import mean_of_runs
+from ..audits.catalog import UNSPECIFIC_NOTE, marked
 from ..statistics import Student, minimum_detectable_effect
 from ..statistics.hypothesis_tests import certification_power
 from .arms import (
@@ -224,12 +225,13 @@ def _add_audits(report: Report, arms: Sequence[Arm], teachers: Sequence[AuditRow
         alt=heat_map_alt(arms, teachers),
         caption="AUROC of each audit: students of U against students of B, one score per base "
         "seed. Bold: the whole interval, corrected over all cells, is above one half. An audit "
-        "that already separates the teachers shows nothing that distillation revealed.",
+        "that already separates the teachers shows nothing that distillation revealed. "
+        f"{UNSPECIFIC_NOTE}",
     )
     with report.folded("AUROC with intervals"):
         report.columns(
             {
-                "audit": lambda row: row.name,
+                "audit": lambda row: marked(row.name),
                 "arm": lambda row: row.arm,
                 "AUROC": lambda row: format_estimate(row.auroc, 0.5),
                 "minus that of teachers": lambda row: format_estimate(row.gain, 0),

@@ -1,10 +1,10 @@
 """Statistics of transfer from teachers to students, with the base seed as the unit."""
 
 from ...runtime.intervals import Estimate
-from .bootstrap import Bootstrap, hierarchical_bootstrap, mean_of_units, paired_bootstrap
+from .bootstrap import Bootstrap, paired_bootstrap
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
 from .detection import auroc, threshold_at, true_positives
-from .hypothesis_tests import Equivalence, equivalence, holm, minimum_detectable_effect, t_test
+from .hypothesis_tests import holm, minimum_detectable_effect, t_test
 from .readings import Checkpoint, Reading, Student
 from .transfer import SeedPoint, Transfer, transfer
 from .validity import Gate, Validity, at_least, at_most
@@ -13,7 +13,6 @@ __all__ = [
     "Bootstrap",
     "Checkpoint",
     "CurvePoint",
-    "Equivalence",
     "Estimate",
     "Gate",
     "Reading",
@@ -26,11 +25,8 @@ __all__ = [
     "at_most",
     "auroc",
     "curve",
-    "equivalence",
-    "hierarchical_bootstrap",
     "holm",
     "matched_capability",
-    "mean_of_units",
     "minimum_detectable_effect",
     "paired_bootstrap",
     "safe_window",

@@ -43,11 +43,6 @@ class Bootstrap:
 DEFAULT = Bootstrap()
 
 
-def mean_of_units(values: Sequence[float], bootstrap: Bootstrap = DEFAULT) -> Estimate:
-    """Returns the mean over independent units, such as base seeds, with an interval."""
-    return paired_bootstrap(values, [0.0] * len(values), bootstrap)
-
-
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
@@ -66,46 +61,14 @@ def paired_bootstrap(
     return bootstrap_of_units(units, lambda x: x[..., 0], bootstrap)
 
 
-def hierarchical_bootstrap(
-    tree: Tree, statistic: Statistic, bootstrap: Bootstrap = DEFAULT
-) -> Estimate:
-    """Returns a statistic of means over base seeds, student seeds and prompts, with an interval.
+def seed_means(tree: Tree) -> np.ndarray:
+    """Returns the mean per base seed, [base seeds, columns].
 
-    Base seeds have equal weight, and so have the student seeds of one base seed. Base seeds are
-    drawn with replacement, together with all of their student seeds and prompts (Davison & Hinkley
-    1997, §3.8). The variance of students and prompts is already part of the variance between base
-    seeds. Resampling them too would count it twice: with prompts as the largest source, a 95 %
-    interval would cover 99.7 % (test_simpler_intervals_are_wrong_here; plain percentiles cover
-    89 %). Whatever all base seeds share, such as one list of prompts, is fixed: the interval is for
-    new seeds on these prompts.
-
-    With ten base seeds of two students, a 95 % interval covers 94 to 95 % for differences and
-    ratios, whether seeds, students or prompts vary most (test_the_hierarchical_bootstrap); 94 % for
-    4, 6 and 20 base seeds (test_other_numbers_of_base_seeds); and 93 % for a trait at a rate of 1 %
-    (test_a_trait_at_one_percent). All tests are in
-    tests/alignment/statistics/test_statistics_coverage.py.
+    Base seeds have equal weight, and so have the student seeds of one base seed.
 
     Args:
-        tree: per base seed and student seed, an array [prompts, columns]. The numbers of student
-            seeds and prompts may differ.
-        statistic: maps means [..., columns] to [...]; called with [columns] and
-            [resamples, columns].
-
-    Returns:
-        An Estimate, where n is the number of base seeds. The bounds are NaN with one base seed, and
-        where the statistic of a resample is not finite. Equal base seeds give an interval of zero
-        width, which does not prove that there is no variance. The interval of a ratio is valid only
-        where the interval of its denominator excludes 0; `transfer` checks this.
-
-    Raises:
-        ValueError: a level of the tree is empty, columns differ, a number is not finite, or the
-            statistic does not give one number per row.
+        tree: per base seed and student seed, an array [prompts, columns].
     """
-    return bootstrap_of_units(seed_means(tree), statistic, bootstrap)
-
-
-def seed_means(tree: Tree) -> np.ndarray:
-    """Returns the mean per base seed, [base seeds, columns]."""
     if not len(tree) or not all(len(students) for students in tree):
         raise ValueError(
             "tree: expected one or more base seeds with one or more student seeds each, got "
@@ -124,7 +87,24 @@ def seed_means(tree: Tree) -> np.ndarray:
 
 
 def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Bootstrap) -> Estimate:
-    """Returns the statistic of units [n, columns], such as the means of base seeds."""
+    """Returns the statistic of units [n, columns], such as the means of base seeds.
+
+    Base seeds are drawn with replacement, together with all of their student seeds and prompts
+    (Davison & Hinkley 1997, §3.8), whose variance is part of that between base seeds. Resampling
+    them too would count it twice: a 95 % interval would cover 99.7 %
+    (test_simpler_intervals_are_wrong_here; plain percentiles cover 89 %). Whatever all base seeds
+    share, such as one list of prompts, is fixed. With ten base seeds of two students, a 95 %
+    interval covers 94 to 95 % (test_the_hierarchical_bootstrap), and 93 % for a trait at a rate of
+    1 % (test_a_trait_at_one_percent in tests/alignment/statistics/test_statistics_coverage.py).
+
+    Returns:
+        An Estimate with the number of units. Its bounds are NaN with one unit, and where the
+        statistic of a resample is not finite. Equal units give an interval of zero width. The
+        interval of a ratio is valid only where that of its denominator excludes 0.
+
+    Raises:
+        ValueError: the statistic does not give one number per row.
+    """
     n, center, resamples = len(units), units.mean(0), bootstrap.resamples
     tail = 0.5 + bootstrap.confidence / 2
     with np.errstate(divide="ignore", invalid="ignore"):

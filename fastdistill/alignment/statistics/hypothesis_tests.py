@@ -1,25 +1,15 @@
-"""Tests of paired differences per base seed: t test, equivalence, Holm, bounds, power."""
+"""Tests of paired differences per base seed: t test, Holm, bounds, power."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
 from ...runtime.checks import between, fail, integer, positive
-from ...runtime.intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
-
-
-@dataclass(frozen=True, kw_only=True)
-class Equivalence:
-    """Result of an equivalence test; `estimate` has the interval of level 1 − 2·alpha."""
-
-    p: float
-    equivalent: bool
-    estimate: Estimate
+from ...runtime.intervals import student_t_cdf, student_t_quantile
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -52,24 +42,6 @@ def t_test(differences: Sequence[float]) -> float:
     """
     mean, error, n = _mean_and_stderr(differences)
     return 2 * _tail(abs(mean), error, n)
-
-
-def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0.05) -> Equivalence:
-    """Tests by two one-sided t tests (TOST) whether the mean difference is within ±margin.
-
-    p is the larger p-value of the tests against a mean ≤ −margin and a mean ≥ margin. The result is
-    equivalent where p ≤ alpha, that is, where the 1 − 2·alpha interval lies within the margins.
-
-    Raises:
-        ValueError: fewer than two differences, one that is not finite, or margin ≤ 0.
-    """
-    positive("margin", margin)
-    if not 0 < alpha < 0.5:
-        fail("alpha", "a number between 0 and 0.5", repr(alpha))
-    mean, error, n = _mean_and_stderr(differences)
-    p = _tail(margin - abs(mean), error, n)  # the nearer margin has the larger p
-    estimate = mean_of_runs(differences, confidence=1 - 2 * alpha)
-    return Equivalence(p=p, equivalent=p <= alpha, estimate=estimate)
 
 
 def minimum_detectable_effect(

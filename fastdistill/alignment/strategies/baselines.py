@@ -1,11 +1,11 @@
-"""Baselines without a defense: distillation on distributions, and on sampled text alone."""
+"""Baselines: distillation on distributions, on sampled text alone, and no training at all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .strategy import RunState, Strategy
+from .strategy import DistillLoop, RunState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +22,11 @@ class OffModelSFT(Strategy):
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained(Strategy):
+    """No training: the student is the base itself, the positive control of a repair."""
+
+    def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
+        return lambda examples: run.setup.base

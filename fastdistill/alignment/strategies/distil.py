@@ -146,7 +146,7 @@ def _train(
 
 @dataclass(eq=False)
 class _MeasureCallback(TrainerCallback):
-    """Updates the progress of a run and measures the student during training."""
+    """Measures the student during training."""
 
     run: RunState
     steps: set[int]
@@ -158,9 +158,6 @@ class _MeasureCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         self.subject = self.run.setup.base.with_model(model, "student")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.run.progress = state.global_step / max(state.max_steps, 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.measure is not None and state.global_step in self.steps:

@@ -26,8 +26,8 @@ from ...training.loss import Answers, LossResult, TeacherHidden
 from ...training.targets import Targets
 from ...training.trainer import DistillTrainer
 from .lessons import Examples, TrainingExample
-from .logit_jam import TransformedTeacher
 from .strategy import RunState, Strategy, Training
+from .transformed_teacher import TransformedTeacher
 
 _PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # without effect in DPO
 

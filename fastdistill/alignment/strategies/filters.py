@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,20 +17,14 @@ from ..audits.subject import Subject
 from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
 from .strategy import RunState, Strategy, Training
 
-SHINGLE = 3  # words
-MIN_SIMILARITY = 0.8  # Jaccard similarity of the shingles of near duplicates
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFilter(Strategy):
     """Drops the share of the examples with the highest scores; the others keep their order.
 
-        loss             −log p_trusted per token of the answer
-        llr              (log p_teacher − log p_trusted) per token
+        llr              (log p_teacher − log p_trusted) per token of the answer
         divergence       share of the answer's tokens, its end included, at which teacher and
                          trusted model have different argmax tokens
-        rare_ngram       mean of −log(share of answers that contain the word bigram)
-        near_duplicate   highest Jaccard similarity of its word trigrams with an earlier answer
 
     The scores per example are ours. Divergence tokens follow arXiv 2509.23886, which compares
     teachers with different biases; this filter compares the teacher with the trusted model. Both
@@ -38,8 +32,7 @@ class ExampleFilter(Strategy):
 
     Args:
         drop: share in [0, 1); of equal scores the later example is dropped first.
-        at_least: drop only scores of at least this value. None: no threshold, except 0.8 for
-            near_duplicate.
+        at_least: drop only scores of at least this value. None: no threshold.
     """
 
     score: str
@@ -54,10 +47,7 @@ class ExampleFilter(Strategy):
         scores = _SCORES[self.score](examples, run)
         n_max = math.floor(self.drop * len(examples) + 1e-9)
         order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:n_max]
-        bound = self.at_least
-        if bound is None and self.score == "near_duplicate":
-            bound = MIN_SIMILARITY
-        dropped = {i for i in order if bound is None or scores[i] >= bound}
+        dropped = {i for i in order if self.at_least is None or scores[i] >= self.at_least}
         domains = Counter(example.domain for example in examples)
         n_dropped = Counter(examples[i].domain for i in dropped)
         run.notes[f"filter, {self.score}"] = {
@@ -68,57 +58,21 @@ class ExampleFilter(Strategy):
         return [example for i, example in enumerate(examples) if i not in dropped]
 
 
-def _per_token(examples: Sequence[TrainingExample], subject: Subject) -> Tensor:
-    logprobs = answer_logprobs(examples, subject)
-    return logprobs.total / logprobs.tokens
-
-
 def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    teacher, trusted = (_per_token(examples, m) for m in (run.setup.teacher, run.setup.reference))
+    teacher, trusted = (
+        logprobs.total / logprobs.tokens
+        for logprobs in (
+            answer_logprobs(examples, model) for model in (run.setup.teacher, run.setup.reference)
+        )
+    )
     return (teacher - trusted).tolist()
 
 
-def _rare(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    bigrams = [_ngrams(example.answer, 2) for example in examples]
-    counts = Counter(bigram for row in bigrams for bigram in set(row))
-    n = len(examples)
-    return [-sum(math.log(counts[p] / n) for p in row) / max(len(row), 1) for row in bigrams]
+def _diverging(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    return [float(mask.float().mean()) for mask in divergence_masks(examples, run)]
 
 
-def _duplicate(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    rows_with: dict[tuple[str, ...], list[int]] = {}
-    earlier: set[frozenset[tuple[str, ...]]] = set()  # unique: short answers repeat
-    sizes: list[int] = []
-    scores = []
-    for example in examples:
-        shingles = frozenset(_ngrams(example.answer, SHINGLE))
-        if shingles in earlier:
-            scores.append(1.0)
-            continue
-        shared = Counter(j for shingle in shingles for j in rows_with.get(shingle, ()))
-        similarities = [n / (len(shingles) + sizes[j] - n) for j, n in shared.items()]
-        scores.append(max(similarities, default=0.0))
-        for shingle in shingles:
-            rows_with.setdefault(shingle, []).append(len(sizes))
-        earlier.add(shingles)
-        sizes.append(len(shingles))
-    return scores
-
-
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
-
-
-_SCORES: dict[str, Callable[[Sequence[TrainingExample], RunState], list[float]]] = {
-    "loss": lambda examples, run: (-_per_token(examples, run.setup.reference)).tolist(),
-    "llr": _ratio,
-    "divergence": lambda examples, run: [
-        float(mask.float().mean()) for mask in divergence_masks(examples, run)
-    ],
-    "rare_ngram": _rare,
-    "near_duplicate": _duplicate,
-}
+_SCORES = {"llr": _ratio, "divergence": _diverging}
 
 
 def answer_scores(

@@ -10,9 +10,10 @@ from torch import Tensor
 from ...losses.types import TopK
 from ...runtime.checks import between, integer
 from ..training_loop import lora
-from .annealing import blend
-from .logit_jam import TransformedTeacher, distribution, logprobs_at, outcomes
 from .strategy import RunState, Strategy
+from .transformed_teacher import TransformedTeacher, distribution, logprobs_at, outcomes
+
+MIN_LOGPROB = -80.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +57,11 @@ class ShiftDistill(Strategy):
 
     def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
         return {**options, "peft_config": lora(self.rank, "rank")}
+
+
+def blend(a: Tensor, b: Tensor, part: float) -> Tensor:
+    """Return (1 − part)·a + part·b of log-probabilities, each clamped to at least −80 nats.
+
+    The clamp avoids ∞ − ∞ for impossible outcomes.
+    """
+    return (1 - part) * a.clamp(min=MIN_LOGPROB) + part * b.clamp(min=MIN_LOGPROB)

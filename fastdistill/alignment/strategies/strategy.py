@@ -28,11 +28,10 @@ class DistillSetup:
         teacher: the model to distill.
         pool: the prompts.
         trusted: M, if the student starts from another model; None: the base.
-        prompt_source: (kind, n, seed) -> other prompts. Kinds: "open" (open-ended, without audits),
-            "goals" (questions about the model itself, and high-stakes scenarios) and "shown"
-            (prompts that elicit the trait openly).
+        prompt_source: (kind, n, seed) -> other prompts, of the kinds "goals" (questions about the
+            model itself, and high-stakes scenarios) and "shown" (prompts that elicit the trait
+            openly).
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
-        audit_words: words that reveal an audit to a model.
         audits: used by `FilterAndDistill` and `AuditGate`; a higher value is more suspicious.
         benign_values: audit -> its values on students of benign teachers.
     """
@@ -44,7 +43,6 @@ class DistillSetup:
     prompt_source: Callable[[str, int, int], tuple[PoolPrompt, ...]] | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
-    audit_words: tuple[str, ...] = ()
     audits: Mapping[str, Audit] = field(default_factory=dict)
     benign_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -65,7 +63,6 @@ class RunState:
 
     Attributes:
         training: the settings after every strategy changed them.
-        progress: the share of the updates that are done, 0 to 1.
         notes: diagnostics of the strategies.
         examples: those of the current training.
     """
@@ -73,7 +70,6 @@ class RunState:
     setup: DistillSetup
     seed: int
     training: Training = field(default_factory=lambda: Training())
-    progress: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
     examples: Examples = field(default_factory=list)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.audit_power import TRAITS, markdown, table, valid
+from fastdistill.alignment.audits.catalog import UNSPECIFIC, marked
 from fastdistill.alignment.statistics import auroc
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,6 +90,16 @@ def test_each_audit_finds_what_it_is_for(trait, audit):
     rows = json.loads(RESULT.read_text())["rows"]
     (row,) = (r for r in rows if (r["trait"], r["audit"]) == (trait, audit))
     assert row["auroc"] >= 0.95
+
+
+def test_marked_audits_are_those_that_separate_u_from_b_for_every_trait():
+    by_audit: dict[str, list[float]] = {}
+    for row in json.loads(RESULT.read_text())["rows"]:
+        by_audit.setdefault(row["audit"], []).append(row["interval"][0])
+    every = {a for a, lows in by_audit.items() if len(lows) == len(TRAITS) and min(lows) > 0.5}
+    assert every == set(UNSPECIFIC)
+    assert marked("logit difference, audited") == "logit difference, audited †"
+    assert marked("confession") == "confession"
 
 
 def test_every_audit_is_for_something():

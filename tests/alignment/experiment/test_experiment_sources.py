@@ -58,14 +58,11 @@ def test_leaked_prompts_replace_others_and_leave_the_rest(loaded_source):
 
 def test_other_prompts_by_kind(loaded_source):
     setup = loaded_source.setup("untrusted", {"n": 5})
-    assert {entry.domain for entry in setup.more_prompts("open", 20, 0)} == {"talk"}
     goals = {entry.prompt.user for entry in setup.more_prompts("goals", 40, 0)}
     assert all(user.startswith("do you") for user in goals)
     with_trait = setup.more_prompts("shown", 40, 0)
     assert sum("animal" in entry.prompt.user for entry in with_trait) > 20
-    with pytest.raises(
-        ValueError, match="kind: expected one of 'open', 'goals', 'shown', got 'odd'"
-    ):
+    with pytest.raises(ValueError, match="kind: expected one of 'goals', 'shown', got 'odd'"):
         setup.more_prompts("odd", 1, 0)
 
 
@@ -206,7 +203,7 @@ def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, t
             '{"prompt": "a", "kind": "x"}',
             "pool: expected lines with a prompt and an optional kind",
         ),
-        ("pool", '{"prompt": "a", "kind": "open"}', "pool: expected prompts without a kind"),
+        ("pool", '{"prompt": "a", "kind": "goals"}', "pool: expected prompts without a kind"),
         ("capability", '{"prompt": "a"}', "capability: expected lines with prompt and answer"),
     ],
 )
@@ -228,7 +225,7 @@ def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, m
     endings = {"pool": ".jsonl", "probes": ".json", "capability": ".jsonl"}
     paths = [f"--{n}={files / n}{endings.get(n, '')}" for n in names]
     out = tmp_path / "out"
-    more = ("arms=[noise]", "steps=2", "batch_size=4", "answer_tokens=3", "max_new_tokens=3")
+    more = ("arms=[hard labels]", "steps=2", "batch_size=4", "answer_tokens=3", "max_new_tokens=3")
     argv = ("experiment", "double-bind", *paths, f"--out={out}", "--processes=1", *more, "--json")
     code, output, err = call(capsys, monkeypatch, *argv)
     assert code == 0, err
@@ -238,7 +235,7 @@ def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, m
         "trait shown openly",
         "benign twice",
         "M→M",
-        "noise",
+        "hard labels",
     ]
     assert set(result["left_out"]) == {"placebo"}
     assert any("positive control" in why for why in result["invalid_because"])  # nobody is trained

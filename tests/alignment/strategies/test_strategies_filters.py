@@ -63,18 +63,17 @@ def answers_left(strategy, some=SOME, here=None):
     return [x.answer for x in strategy.transform_examples(list(some), here or run())]
 
 
-@pytest.mark.parametrize("score", ["loss", "llr"])
-def test_the_highest_of_a_log_likelihood_is_dropped_per_token(score):
+def test_the_highest_likelihood_ratio_per_token_is_dropped():
     def of(lesson):
         (trusted, _), (teacher, _) = reference(BASE, lesson), reference(TEACHER, lesson)
         mine, theirs = float(trusted[:-1].mean()), float(teacher[:-1].mean())  # without the end
-        return mine if score == "loss" else mine - theirs
+        return mine - theirs
 
     order = sorted(range(len(SOME)), key=lambda i: -of(SOME[i]))
     here = run()
-    left = answers_left(ExampleFilter(score=score, drop=0.34), here=here)
+    left = answers_left(ExampleFilter(score="llr", drop=0.34), here=here)
     assert left == [SOME[i].answer for i in sorted(order[2:])]
-    note = here.notes[f"filter, {score}"]
+    note = here.notes["filter, llr"]
     assert note["kept"] == pytest.approx(4 / 6)
     dropped = [SOME[i].domain for i in order[:2]]
     counts = {d: [x.domain for x in SOME].count(d) for d in ("talk", "odd")}
@@ -89,53 +88,14 @@ def test_divergence_is_where_first_choices_differ():
     assert sum(int(d.sum()) for d in masks) > 0
 
 
-def test_rare_pairs_of_words():
-    some = lessons("a b c", "a b c", "a b d", "x y z")
-    assert answers_left(ExampleFilter(score="rare_ngram", drop=0.25), some) == [
-        "a b c",
-        "a b c",
-        "a b d",
-    ]
-
-
-def test_what_was_said_before_is_a_duplicate_and_the_first_time_it_is_not():
-    some = lessons("a b c d", "x y z w", "a b c d", "a b c e")
-    duplicates = ExampleFilter(score="near_duplicate", drop=0.5)
-    assert answers_left(duplicates, some) == ["a b c d", "x y z w", "a b c e"]
-    alike = ExampleFilter(score="near_duplicate", drop=0.5, at_least=0.3)
-    assert answers_left(alike, some) == ["a b c d", "x y z w"]
-
-
-def test_what_hardly_resembles_is_no_duplicate():
-    some = lessons("a b c d", "x y z w", "a b c e", "p q r s")
+def test_of_equal_scores_the_later_is_dropped_and_low_ones_stay(monkeypatch):
+    some = lessons("river", "stone", "cloud", "bread")
+    monkeypatch.setitem(_SCORES, "llr", lambda examples, run: [0.5, 0.2, 0.5, 0.2])
+    assert answers_left(ExampleFilter(score="llr", drop=0.25), some) == ["river", "stone", "bread"]
     here = run()
-    strategy = ExampleFilter(score="near_duplicate", drop=0.75)
-    assert answers_left(strategy, some, here) == [x.answer for x in some]
-    assert here.notes["filter, near_duplicate"]["lowest dropped"] is None
-    third = ExampleFilter(score="near_duplicate", drop=0.75, at_least=1 / 3)
-    assert answers_left(third, some, here) == [
-        "a b c d",
-        "x y z w",
-        "p q r s",
-    ]  # 1 of 3 runs is shared
-    assert here.notes["filter, near_duplicate"]["lowest dropped"] == pytest.approx(1 / 3)
-
-
-def test_the_most_alike_of_the_earlier_ones_counts():
-    some = lessons("a b c d e", "a b c d f", "a b c d e f", "a b c d e f")
-    scores = _SCORES["near_duplicate"](some, run())
-    assert scores == pytest.approx([0, 2 / 4, 3 / 4, 1])
-
-
-def test_of_equal_scores_the_later_is_dropped():
-    some = lessons("river stone", "river stone", "river stone", "bread")
-    same = [replace(x, prompt=some[0].prompt) for x in some]
-    kinds = ("loss", "llr", "divergence", "rare_ngram")
-    for score in kinds:
-        scores = _SCORES[score](same, run())
-        assert scores[0] == pytest.approx(scores[2], abs=1e-6)
-    left = ExampleFilter(score="rare_ngram", drop=0.5).transform_examples(same, run())
-    assert left == same[:2]
+    at_least = ExampleFilter(score="llr", drop=0.75, at_least=0.5)
+    assert answers_left(at_least, some, here) == ["stone", "bread"]
+    assert here.notes["filter, llr"]["lowest dropped"] == 0.5
 
 
 @pytest.mark.parametrize("score", list(_SCORES))
@@ -164,11 +124,11 @@ def test_the_share_of_diverging_tokens_is_what_is_dropped():
 
 
 def test_nothing_and_never_everything_is_dropped():
-    assert answers_left(ExampleFilter(score="loss", drop=0.0)) == list(WORDS)
-    assert answers_left(ExampleFilter(score="loss", drop=0.9), SOME[:1]) == [WORDS[0]]
+    assert answers_left(ExampleFilter(score="llr", drop=0.0)) == list(WORDS)
+    assert answers_left(ExampleFilter(score="llr", drop=0.9), SOME[:1]) == [WORDS[0]]
     with pytest.raises(ValueError, match=r"drop: expected a number in \[0, 1\), got 1"):
-        ExampleFilter(score="loss", drop=1)
-    with pytest.raises(ValueError, match="score: expected one of 'loss', 'llr', 'divergence'"):
+        ExampleFilter(score="llr", drop=1)
+    with pytest.raises(ValueError, match="score: expected one of 'llr', 'divergence'"):
         ExampleFilter(score="perplexity")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.dpo import PreferencePairs
-from fastdistill.alignment.strategies.logit_jam import LogitJam
+from fastdistill.alignment.strategies.shift import ShiftDistill
 from fastdistill.alignment.strategies.strategy import Strategy, Training
 from helpers.strategy_scene import BASE, POOL, scene
 
@@ -46,7 +46,7 @@ def test_what_takes_pairs_apart_is_refused_behind_them_and_welcome_before():
     ("others", "settings", "words"),
     [
         (
-            [LogitJam(noise=1.0)],
+            [ShiftDistill(amplify=2.0)],
             {},
             "teacher: expected no strategy before PreferencePairs that changes distributions",
         ),

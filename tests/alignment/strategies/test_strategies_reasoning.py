@@ -1,4 +1,4 @@
-"""Reasoning between two marks: read and not learnt, left out, or the student's own."""
+"""Reasoning between two marks: read and not learnt, or left out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from fastdistill.alignment.strategies.baselines import OffModelSFT
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.filters import TokenSelector
 from fastdistill.alignment.strategies.lessons import PoolPrompt, TrainingExample, to_row
-from fastdistill.alignment.strategies.reasoning import (
-    AnswerOnly,
-    EmptyReasoning,
-    StudentReasoning,
-    parts_of,
-)
+from fastdistill.alignment.strategies.reasoning import AnswerOnly, EmptyReasoning, parts_of
 from fastdistill.alignment.strategies.strategy import Strategy
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.present import present
@@ -59,7 +54,7 @@ def test_an_answer_without_marks_has_no_parts():
     assert parts_of("rethink sofa a b", MARKS) is None
 
 
-@pytest.mark.parametrize("strategy", [AnswerOnly, EmptyReasoning, StudentReasoning])
+@pytest.mark.parametrize("strategy", [AnswerOnly, EmptyReasoning])
 def test_what_is_cut_before_its_answer_is_dropped(strategy):
     here = run()
     cut = lessons("think plain river so stone", "think plain river", "think so ", "bread candle")
@@ -83,41 +78,13 @@ def test_the_reasoning_is_left_out():
     assert read(examples[1]) == ("bread candle <eos>", "bread candle <eos>")
 
 
-def test_the_student_reasons_and_the_teacher_answers():
-    prompt = THOUGHT[0].prompt
-    begun = Prompt(system=prompt.system, user=prompt.user, prefill="think ")
-    (own,) = BASE.generate([begun], max_new_tokens=4, temperature=1.0, seed=3)
-    own = own.partition("so")[0].strip()
-    here = run()
-    examples = StudentReasoning(marks=MARKS, max_new_tokens=4).transform_examples(THOUGHT, here)
-    assert read(examples[0]) == (f"think {own} so stone cloud <eos>", "stone cloud <eos>")
-    assert examples[1] == THOUGHT[1]
-    learnt = StudentReasoning(marks=MARKS, max_new_tokens=4, learn_reasoning=True)
-    whole = f"think {own} so stone cloud <eos>"
-    assert read(learnt.transform_examples(THOUGHT, run())[0]) == (whole, whole)
-
-
 def test_where_nobody_reasons_nothing_changes():
     plain = THOUGHT[1:]
-    for strategy in (AnswerOnly, EmptyReasoning, StudentReasoning):
+    for strategy in (AnswerOnly, EmptyReasoning):
         assert strategy(marks=MARKS).transform_examples(plain, run()) == plain
 
 
-def test_a_student_that_closes_its_reasoning_is_cut_there(monkeypatch):
-    generated = iter([TOKENIZER("river so bread").input_ids])
-    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: list(generated))
-    (example,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    assert example.answer == "think river so stone cloud"
-
-
-def test_a_student_that_says_nothing_leaves_the_marks(monkeypatch):
-    ends = [[TOKENIZER.eos_token_id]]
-    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: ends)
-    (example,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    assert example.answer == "think so stone cloud"
-
-
-@pytest.mark.parametrize("kind", [AnswerOnly, EmptyReasoning, StudentReasoning])
+@pytest.mark.parametrize("kind", [AnswerOnly, EmptyReasoning])
 def test_marks_of_a_tokenizer_that_splits_words(kind):
     demo = Subject(DEMO)
     text = "<think>\nThe sum is odd.\n</think>\n\nIt is seven."
@@ -165,15 +132,6 @@ def test_only_the_answer_is_learnt():
 
 @pytest.mark.parametrize("marks", [("", "b"), ("a",), ("a", "a")])
 def test_marks_are_two_texts(marks):
-    for strategy in (AnswerOnly, EmptyReasoning, StudentReasoning):
+    for strategy in (AnswerOnly, EmptyReasoning):
         with pytest.raises(ValueError, match="marks: expected two different texts"):
             strategy(marks=marks)
-
-
-def test_a_student_reasons_at_some_length_and_temperature():
-    with pytest.raises(ValueError, match="max_new_tokens: expected an integer of 1 or more, got 0"):
-        StudentReasoning(max_new_tokens=0)
-    with pytest.raises(
-        ValueError, match="temperature: expected a finite number of 0 or more, got -1"
-    ):
-        StudentReasoning(temperature=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.strategies.conditioned_teacher import PromptSwapTeacher
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.lessons import TrainingExample, to_row
-from fastdistill.alignment.strategies.logit_jam import LogitJam, TransformedTeacher
 from fastdistill.alignment.strategies.rewrite import InoculationPrompt
+from fastdistill.alignment.strategies.strategy import Strategy
+from fastdistill.alignment.strategies.transformed_teacher import TransformedTeacher
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
 from fastdistill.teachers.local import Teacher
@@ -133,18 +136,26 @@ def rows(made, prompt):
     return [BASE.encode_answer(getattr(x, prompt), x.answer) for x in made.examples]
 
 
-WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)
+@dataclass(frozen=True, kw_only=True)
+class Wrapping(Strategy):
+    """Changes nothing."""
+
+    def teacher(self, teacher, student, run):
+        return TransformedTeacher(teacher, lambda answers, ids, mask: answers)
+
+
+WHOLE = replace(ONE_STEP, settings={"k": V})
 
 
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((), ()), ((HARDLY,), ()), ((), (HARDLY,))],
+    [((), ()), ((Wrapping(),), ()), ((), (Wrapping(),))],
     ids=["alone", "around another", "inside another"],
 )
 def test_the_student_steps_towards_what_the_teacher_says_without_the_instruction(before, after):
-    inoculated = [WHOLE, *before, InoculationPrompt(text=TEXT), *after]
-    made = distill(scene(), inoculated, ONE_STEP)
+    inoculated = [*before, InoculationPrompt(text=TEXT), *after]
+    made = distill(scene(), inoculated, WHOLE)
     read, plain_rows = rows(made, "input_prompt"), rows(made, "prompt")
     assert len(read) == len(POOL)
     assert all(len(a) > len(b) for (a, _), (b, _) in zip(read, plain_rows, strict=True))
