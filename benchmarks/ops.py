@@ -185,7 +185,11 @@ OPS = {
         "forward",
         data.sparse,
         truth(_linear_topk),
-        (*peers.pytorch(_eager_topk), *ours(_linear_topk)),
+        (
+            Contender("F.linear alone", peers.head_product, exact=False, part=True),
+            *peers.pytorch(_eager_topk),
+            *ours(_linear_topk),
+        ),
         2,
         _scan_bytes,
     ),

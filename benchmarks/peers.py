@@ -118,6 +118,11 @@ def scoring(data: Data) -> dict[str, Tensor]:
     }
 
 
+def head_product(data: Data) -> dict[str, Tensor]:
+    """The product with the head alone: logits in the type of the head."""
+    return {"logits": F.linear(data.hidden, data.weight)}
+
+
 def linear_topk(data: Data, k: int) -> dict[str, Tensor]:
     z = logits(data)
     lse = z.logsumexp(-1, keepdim=True)

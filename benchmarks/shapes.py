@@ -100,6 +100,14 @@ def _heads_compiled() -> tuple[Entry, ...]:
     return tuple(entry(op, "llama-3.1-8b", 8192, 64) for op in ops)
 
 
+def _topk_product() -> tuple[Entry, ...]:
+    """The top 64 next to the product with the head alone: Qwen3-0.6B, then SmolLM2's vocabulary."""
+    sizes = ((1024, 151936), (1024, 49152), (576, 49152))
+    return tuple(
+        Entry("linear_topk", Shape(1024, H, V, 64), "bf16", compiled=False) for H, V in sizes
+    )
+
+
 def _quantized() -> tuple[Entry, ...]:
     """Layers of a teacher: 1 and 16 tokens with cold weights, then prefill."""
     sizes = [(1, 2048, 2048), (16, 2048, 8192), (256, 2048, 8192), (512, 4096, 4096)]
@@ -120,6 +128,7 @@ SUITES = {
     "sparse_loss": _sparse_loss(),
     "heads": _heads(),
     "heads_compiled": _heads_compiled(),
+    "topk_product": _topk_product(),
     "quantized": _quantized(),
     "quantized_gpu": _quantized_gpu(),
 }

@@ -90,7 +90,7 @@ const std::vector<Isa>& isas() {
        &fastdistill::kBf16Kernels},
       {"amx_bf16",
        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-        "avx512_bf16", "amx_tile", "amx_bf16"},
+        "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
        &fastdistill::kAmxKernels},
 #else
       {"avx512_bf16", {}, nullptr},
@@ -126,9 +126,12 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
+constexpr int kTileModel = -1;  // an isa that every CPU runs, for tests
+
 const fastdistill::Kernels& kernels_of(int isa, int threads) {
   if (threads < 1)
     throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+  if (isa == kTileModel) return fastdistill::kTileModel;
   if (isa < 0 || isa >= static_cast<int>(isas().size()))
     throw py::value_error("isa must be an index into isa_names(), got " + std::to_string(isa));
   const Isa& chosen = isas()[static_cast<size_t>(isa)];
@@ -263,16 +266,11 @@ void sum_remainders(int isa, int threads, uintptr_t u, int64_t rows, int64_t n, 
   kernels.sum_remainders(threads, at<float>(u), rows, n, stride, at<float>(sums));
 }
 
-// -1 stands for the model of the tiles, which every CPU runs.
-const fastdistill::ProductKernels& product_of(int isa, int threads) {
-  if (isa == -1) return fastdistill::kTileModel;
-  return kernels_of(isa, threads).bf16;
-}
 
-bool has_bf16_gemm(int isa) { return product_of(isa, 1).gemm != nullptr; }
+bool has_bf16_gemm(int isa) { return kernels_of(isa, 1).bf16.gemm != nullptr; }
 
 int64_t bf16_scratch(int isa, int threads, int64_t N, int64_t K) {
-  const auto& product = product_of(isa, threads);
+  const auto& product = kernels_of(isa, threads).bf16;
   check(product.scratch != nullptr, "bf16_scratch needs an isa with has_bf16_gemm");
   return product.scratch(threads, N, K);
 }
@@ -288,7 +286,7 @@ void bf16_gemm(int isa, int threads, uintptr_t a, int a_dtype, int64_t a_row, in
                uintptr_t b, int64_t b_row, int64_t b_k, uintptr_t out, int out_dtype,
                int64_t out_stride, int64_t M, int64_t N, int64_t K, bool remainder, bool add,
                uintptr_t scratch) {
-  const auto& product = product_of(isa, threads);
+  const auto& product = kernels_of(isa, threads).bf16;
   check(product.gemm != nullptr, "bf16_gemm needs an isa with has_bf16_gemm");
   check(M >= 0 && N >= 0 && K >= 1, "bf16_gemm needs M >= 0, N >= 0 and K >= 1");
   check(out_stride >= N, "bf16_gemm needs out_stride >= N");
@@ -298,9 +296,9 @@ void bf16_gemm(int isa, int threads, uintptr_t a, int a_dtype, int64_t a_row, in
                     at<void>(scratch));
 }
 
-double vnni_peak(int isa, int threads) {
+double int8_peak(int isa, int threads) {
   const auto& kernels = kernels_of(isa, threads);
-  check(kernels.peak != nullptr, "vnni_peak measures isa avx512_vnni and wider only");
+  if (!kernels.peak) return 0;
   double best = 0;
   for (int run = 0; run < 5; ++run) {
     const auto start = std::chrono::steady_clock::now();
@@ -365,5 +363,5 @@ PYBIND11_MODULE(_ext, m) {
       "what its rounding took away.",
       "a"_a, "a_dtype"_a, "a_row"_a, "a_k"_a, "b"_a, "b_row"_a, "b_k"_a, "out"_a,
       "out_dtype"_a, "out_stride"_a, "M"_a, "N"_a, "K"_a, "remainder"_a, "add"_a, "scratch"_a);
-  def("vnni_peak", &vnni_peak, "GOP/s of the int8 dot product in registers, best of five runs.");
+  def("int8_peak", &int8_peak, "GOP/s of the int8 products of an isa, best of five runs; 0 without instructions for it.");
 }

@@ -4,6 +4,9 @@
 // offset each group also adds (sx * (sum of the activation codes)) * offset. Groups are summed in
 // ascending order in fp32 without FMA, so a result depends neither on the instruction set, nor on
 // the threads, nor on the other rows of the batch.
+//
+// gemm_typed is the loop over panels of weights. Its Core multiplies a tile of rows by a panel:
+// VectorCore in vector registers, TileCore (cpu_tile_gemm.h) with AMX.
 #pragma once
 
 #include "cpu_panel.h"
@@ -22,30 +25,37 @@ struct ActGroup {
 };
 
 // Rows of x in tiles of nearly equal height: 16 rows are 8 + 8, not 14 + 2. Tile t starts at row
-// first(t) of the packed activations too, where it is [K/4][rows][4 codes] and ActGroup [G][rows].
+// first(t) of the ActGroups too, where they are [G][rows].
 struct Tiling {
-  explicit Tiling(int64_t M) : count(ceil_div(M, kTileRows)), base(M / count), extra(M % count) {}
+  Tiling(int64_t M, int64_t most) : count(ceil_div(M, most)), base(M / count), extra(M % count) {}
   int64_t first(int64_t t) const { return t * base + min64(t, extra); }
   int64_t rows(int64_t t) const { return base + (t < extra); }
   int64_t count, base, extra;
 };
 
-template <class T>
+// Quantizes a row of x. Four codes of group g, from its k number i on, go to place(g, i).
+template <class T, class Place>
 inline void pack_row(const T* x, int64_t K, int64_t group, bool nibble_order, int64_t rows,
-                     uint8_t* acts, ActGroup* groups, int8_t* codes) {
-  for (int64_t k = 0; k < K; k += group, groups += rows) {
-    const int32_t sum = quantize_group(x + k, group, codes, &groups->scale);
-    groups->scaled_sum = groups->scale * static_cast<float>(sum);
-    groups->start = -kWeightBias * sum;
+                     ActGroup* act_group, int8_t* codes, const Place& place) {
+  for (int64_t g = 0; g < K / group; ++g, act_group += rows) {
+    const int32_t sum = quantize_group(x + g * group, group, codes, &act_group->scale);
+    act_group->scaled_sum = act_group->scale * static_cast<float>(sum);
+    act_group->start = -kWeightBias * sum;
     for (int64_t i = 0; i < group; i += 8) {
       const int8_t* c = codes + i;
       const int8_t even_odd[8] = {c[0], c[2], c[4], c[6], c[1], c[3], c[5], c[7]};
       if (nibble_order) c = even_odd;
-      store_acts(acts, c);
-      store_acts(acts + 4 * kActBytes * rows, c + 4);
-      acts += 8 * kActBytes * rows;
+      store_acts(place(g, i), c);
+      store_acts(place(g, i + 4), c + 4);
     }
   }
+}
+
+// The sum of a row's groups, with the next one.
+FASTDISTILL_INLINE F32 add_group(F32 sum, I32 acc, const ActGroup& act, F32 scale,
+                                 const float* offset) {
+  sum = sum + to_float(acc) * (splat(act.scale) * scale);
+  return offset ? sum + splat(act.scaled_sum) * load(offset) : sum;
 }
 
 // sums [R][32] += R rows of activations times the weights of one group of `steps` times 4 k.
@@ -85,10 +95,9 @@ FASTDISTILL_NOINLINE void multiply_group(const uint8_t* acts, const ActGroup* ac
     unrolled<R>([&](auto r) FASTDISTILL_INLINE_LAMBDA {
       unrolled<kTileVectors>([&](auto c) FASTDISTILL_INLINE_LAMBDA {
         const int at = 16 * (v + c);
-        const F32 both = splat(act_groups[r].scale) * load(scale + at);
-        F32 sum = load(sums + r * kColumns + at) + to_float(acc[r][c]) * both;
-        if (offset) sum = sum + splat(act_groups[r].scaled_sum) * load(offset + at);
-        store(sums + r * kColumns + at, sum);
+        float* const sum = sums + r * kColumns + at;
+        store(sum, add_group(load(sum), acc[r][c], act_groups[r], load(scale + at),
+                             offset ? offset + at : nullptr));
       });
     });
   }
@@ -121,6 +130,31 @@ inline void multiply_rows(int64_t rows, Args... args) {
   multiply<R>(args...);
 }
 
+struct VectorCore {
+  static constexpr int64_t kRows = kTileRows;  // of a tile, at most
+  static constexpr int kBias = kWeightBias;    // that weights are stored with
+  static constexpr int64_t kBeyond = 0;        // bytes that are read beyond the end of a panel
+  struct State {};                             // of a thread
+
+  VectorCore(int64_t, int64_t K, int64_t group) : K(K), group(group) {}
+  int64_t bytes(const Tiling& tiling) const { return tiling.first(tiling.count) * K * kActBytes; }
+  uint8_t* tile(uint8_t* acts, const Tiling& tiling, int64_t t) const {
+    return acts + tiling.first(t) * K * kActBytes;
+  }
+  void clear(uint8_t*) const {}
+  // A tile is [K/4][rows][4 codes].
+  uint8_t* place(uint8_t* tile, int64_t rows, int64_t r, int64_t g, int64_t i) const {
+    return tile + ((g * group + i) * rows + 4 * r) * kActBytes;
+  }
+  void multiply_tile(State&, int64_t rows, const uint8_t* tile, const ActGroup* act_groups,
+                     const uint8_t* panel, const float* scale, const float* offset, int64_t g0,
+                     int64_t g1, int64_t ratio, float* sums) const {
+    multiply_rows<kTileRows>(rows, tile, act_groups, panel, scale, offset, g0, g1, group / 4, ratio,
+                             sums);
+  }
+  int64_t K, group;
+};
+
 template <class T>
 inline void finish_row(const float* sums, const float* bias, T* out, int64_t n) {
   for (int at = 0; at < n; at += kLanes) {
@@ -134,18 +168,20 @@ inline void finish_row(const float* sums, const float* bias, T* out, int64_t n) 
   }
 }
 
-template <class T>
+template <class Core, class T>
 inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out, int64_t M,
                        int64_t N, int64_t K, int64_t group) {
-  const Tiling tiling(M);
+  const Core core(M, K, group);
+  const Tiling tiling(M, Core::kRows);
   const int64_t groups = K / group, blocks = ceil_div(N, kColumns);
   // K in blocks whose panel fits; the sums are carried over, so the order of summation is the same.
   const int64_t fits = M <= 64 ? kSmallPanelBytes : kPanelBytes;
   const int64_t k_block = min64(K, max64(group, fits / kStepBytes * 4 / group * group));
 
-  const int64_t acts_bytes = round_up(M * K * kActBytes);
+  const int64_t acts_bytes = round_up(core.bytes(tiling));
   const int64_t groups_bytes = round_up(M * groups * static_cast<int64_t>(sizeof(ActGroup)));
-  const int64_t panel_bytes = k_block / 4 * kStepBytes, scale_bytes = K / w.group * kColumns * 4;
+  const int64_t panel_bytes = k_block / 4 * kStepBytes + Core::kBeyond;
+  const int64_t scale_bytes = K / w.group * kColumns * 4;
   const int64_t sums_bytes = M * kColumns * 4, codes_bytes = round_up(group);
   const int64_t own = panel_bytes + 2 * scale_bytes + sums_bytes + codes_bytes;
   const Scratch scratch(acts_bytes + groups_bytes + threads * own);
@@ -157,9 +193,12 @@ inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out,
   parallel_for(threads, tiling.count, 1, [&](int64_t t, int thread) {
     int8_t* const codes = reinterpret_cast<int8_t*>(owned + (thread + 1) * own - codes_bytes);
     const int64_t first = tiling.first(t), rows = tiling.rows(t);
+    uint8_t* const tile = core.tile(acts, tiling, t);
+    core.clear(tile);
     for (int64_t r = 0; r < rows; ++r)
       pack_row(static_cast<const T*>(x) + (first + r) * K, K, group, w.codes != nullptr, rows,
-               acts + (first * K + 4 * r) * kActBytes, act_groups + first * groups + r, codes);
+               act_groups + first * groups + r, codes,
+               [&](int64_t g, int64_t i) { return core.place(tile, rows, r, g, i); });
   });
 
   // Few columns and many rows: several threads share a block of columns, each filling its panel.
@@ -169,6 +208,7 @@ inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out,
   // Few rows: memory decides, so a thread takes neighboring weights, which it prefetched.
   const int64_t chunk = M <= 64 ? ceil_div(tasks, 2 * threads) : 1;
   parallel_for(threads, tasks, chunk, [&](int64_t task, int thread) {
+    typename Core::State state;
     uint8_t* const panel = owned + thread * own;
     float* const scale = reinterpret_cast<float*>(panel + panel_bytes);
     float* const offset = reinterpret_cast<float*>(panel + panel_bytes + scale_bytes);
@@ -180,17 +220,17 @@ inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out,
     if (w.offset) fill_scales(w.offset, 1.0f, N, K / w.group, n0, offset);
     for (int64_t k0 = 0; k0 < K; k0 += k_block) {
       const int64_t k1 = min64(K, k0 + k_block);
-      fill_weights(w, N, K, n0, k0, k1, panel);
+      fill_weights<Core::kBias>(w, N, K, n0, k0, k1, panel);
       for (int64_t t = t0; t < t1; ++t) {
         const int64_t first = tiling.first(t), rows = tiling.rows(t);
-        float* const tile = sums + first * kColumns;
-        if (k0 == 0) memset(tile, 0, static_cast<size_t>(rows) * kColumns * 4);
-        multiply_rows<kTileRows>(rows, acts + first * K * kActBytes, act_groups + first * groups,
-                                 panel, scale, w.offset ? offset : nullptr, k0 / group, k1 / group,
-                                 group / 4, w.group / group, tile);
+        float* const sum = sums + first * kColumns;
+        if (k0 == 0) memset(sum, 0, static_cast<size_t>(rows) * kColumns * 4);
+        core.multiply_tile(state, rows, core.tile(acts, tiling, t), act_groups + first * groups,
+                           panel, scale, w.offset ? offset : nullptr, k0 / group, k1 / group,
+                           w.group / group, sum);
         if (k1 < K) continue;
         for (int64_t r = 0; r < rows; ++r)
-          finish_row(tile + r * kColumns, w.bias ? w.bias + n0 : nullptr,
+          finish_row(sum + r * kColumns, w.bias ? w.bias + n0 : nullptr,
                      out + (first + r) * N + n0, min64(kColumns, N - n0));
       }
     }
@@ -198,13 +238,19 @@ inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out,
   return true;
 }
 
-inline bool gemm(int threads, const void* x, Dtype dtype, const GemmWeights& w, void* out,
-                 int64_t M, int64_t N, int64_t K, int64_t act_group) {
+template <class Core>
+inline bool gemm_with(int threads, const void* x, Dtype dtype, const GemmWeights& w, void* out,
+                      int64_t M, int64_t N, int64_t K, int64_t act_group) {
   bool done = false;
   with_dtype(dtype, out, [&](auto* to) {
-    done = gemm_typed(threads, x, w, to, M, N, K, act_group);
+    done = gemm_typed<Core>(threads, x, w, to, M, N, K, act_group);
   });
   return done;
+}
+
+inline bool gemm(int threads, const void* x, Dtype dtype, const GemmWeights& w, void* out,
+                 int64_t M, int64_t N, int64_t K, int64_t act_group) {
+  return gemm_with<VectorCore>(threads, x, dtype, w, out, M, N, K, act_group);
 }
 
 #ifdef FASTDISTILL_VNNI

@@ -76,12 +76,12 @@ struct Kernels {
   // sums [n] += u - bf16(u), summed over the rows of u [rows, n].
   void (*sum_remainders)(int threads, const float* u, int64_t rows, int64_t n, int64_t stride,
                          float* sums);
-  double (*peak)(int threads, int64_t repeats);  // operations done, all in registers; or null
+  double (*peak)(int threads, int64_t repeats);  // int8 operations done, or null
   ProductKernels bf16;  // null without instructions for it
 };
 
 extern const Kernels kScalarKernels;
-extern const ProductKernels kTileModel;  // of the tiles of AMX, in plain C++
+extern const Kernels kTileModel;  // kScalarKernels with a model of AMX's tiles
 #ifdef FASTDISTILL_X86_64
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

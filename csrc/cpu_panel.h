@@ -36,7 +36,8 @@ FASTDISTILL_INLINE void transpose_rows(const uint8_t* src, int64_t stride, int64
   }
 }
 
-// Columns [n0, n0 + 32) and k in [k0, k1) of the weights.
+// Columns [n0, n0 + 32) and k in [k0, k1) of the weights, plus `bias`.
+template <int bias>
 inline void fill_weights(const GemmWeights& w, int64_t N, int64_t K, int64_t n0, int64_t k0,
                          int64_t k1, uint8_t* panel) {
   const int64_t stride = w.codes ? K / 2 : K;
@@ -47,7 +48,7 @@ inline void fill_weights(const GemmWeights& w, int64_t N, int64_t K, int64_t n0,
     uint8_t* const to = panel + half * Weights::kBytes;
     if (w.codes) {
       int8_t codes[kLutSize];
-      for (int i = 0; i < kLutSize; ++i) codes[i] = static_cast<int8_t>(w.codes[i] ^ kWeightBias);
+      for (int i = 0; i < kLutSize; ++i) codes[i] = static_cast<int8_t>(w.codes[i] ^ bias);
       const ByteTable table(codes);
       transpose_rows(src, stride, N - n, bytes, kColumns * stride, [&](int64_t d, I32 nibbles) {
         store_weights(to + (2 * d) * kStepBytes, table.at_high(nibbles));
@@ -55,7 +56,7 @@ inline void fill_weights(const GemmWeights& w, int64_t N, int64_t K, int64_t n0,
       });
     } else {
       transpose_rows(src, stride, N - n, bytes, kColumns * stride, [&](int64_t d, I32 codes) {
-        store_weights(to + d * kStepBytes, biased(codes));
+        store_weights(to + d * kStepBytes, bias ? biased(codes) : codes);
       });
     }
   }

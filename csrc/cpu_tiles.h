@@ -1,8 +1,8 @@
-// The product of cpu_bf16.h with tiles (AMX): 32 rows and 32 columns at a time, in 4 tiles of sums.
+// Tiles (AMX): 4 of them hold sums of 32 rows and 32 columns. HardwareTiles is the instructions,
+// ModelTiles a model of them in plain C++ that computes the same bits on any CPU.
 //
-// Tiles is the instructions (HardwareTiles) or a model of them in plain C++ (ModelTiles), which
-// computes the same bits on any CPU. tdpbf16ps adds the products of even and of odd k separately
-// over the 32 k of a tile, then both to the sum.
+// Below them is the product of cpu_bf16.h; that of int8 is in cpu_tile_gemm.h. tdpbf16ps adds the
+// products of even and of odd k separately over the 32 k of a tile, then both to the sum.
 #pragma once
 
 #include "cpu_bf16.h"
@@ -43,12 +43,15 @@ struct HardwareTiles {
     _tile_loadd(2, below, stride * 4);
     _tile_loadd(3, below + kTileSize, stride * 4);
   }
-  void store_sums(float* p, int64_t stride) {
-    float* const below = p + kTileSize * stride;
+  template <class Sum>
+  void store_sums(Sum* p, int64_t stride, bool tall = true) {
+    Sum* const below = p + kTileSize * stride;
     _tile_stored(0, p, stride * 4);
     _tile_stored(1, p + kTileSize, stride * 4);
-    _tile_stored(2, below, stride * 4);
-    _tile_stored(3, below + kTileSize, stride * 4);
+    if (tall) {
+      _tile_stored(2, below, stride * 4);
+      _tile_stored(3, below + kTileSize, stride * 4);
+    }
     barrier();
   }
   void multiply(const uint32_t* a, const uint32_t* b) {
@@ -61,6 +64,18 @@ struct HardwareTiles {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  // 64 k of int8; the lower 16 rows only if `tall`.
+  void multiply_int8(const uint8_t* a, const uint8_t* b, bool tall) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 4 * kPairColumns);
+    _tile_loadd(7, b + 4 * kTileSize, 4 * kPairColumns);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if (!tall) return;
+    _tile_loadd(5, a + 64 * kTileSize, 64);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
 
  private:
   // GCC does not know that these instructions read and write memory.
@@ -72,13 +87,14 @@ struct HardwareTiles {
 };
 #else
 struct ModelTiles {
-  float sums[kTileBlock][kTileBlock];
+  uint32_t sums[kTileBlock][kTileBlock];  // the bits of fp32 or int32
   void zero() { memset(sums, 0, sizeof sums); }
   void load_sums(const float* p, int64_t stride) {
     for (int i = 0; i < kTileBlock; ++i) memcpy(sums[i], p + i * stride, sizeof sums[i]);
   }
-  void store_sums(float* p, int64_t stride) {
-    for (int i = 0; i < kTileBlock; ++i) memcpy(p + i * stride, sums[i], sizeof sums[i]);
+  template <class Sum>
+  void store_sums(Sum* p, int64_t stride, bool tall = true) {
+    for (int i = 0; i < rows(tall); ++i) memcpy(p + i * stride, sums[i], sizeof sums[i]);
   }
   void multiply(const uint32_t* a, const uint32_t* b) {
     for (int i = 0; i < kTileBlock; ++i)
@@ -91,9 +107,23 @@ struct ModelTiles {
           even = flushed(fmaf(low(x), low(y), even));
           odd = flushed(fmaf(high(x), high(y), odd));
         }
-        sums[i][j] = flushed(flushed(sums[i][j]) + flushed(even + odd));
+        const float sum = flushed(float_of(sums[i][j]));
+        sums[i][j] = bits_of(flushed(sum + flushed(even + odd)));
       }
   }
+  void multiply_int8(const uint8_t* a, const uint8_t* b, bool tall) {
+    for (int i = 0; i < rows(tall); ++i)
+      for (int s = 0; s < kTileSize; ++s)
+        for (int j = 0; j < kTileBlock; ++j)
+          for (int k = 0; k < 4; ++k) {
+            const int x = static_cast<int8_t>(a[64 * i + 4 * s + k]);
+            const int y = static_cast<int8_t>(b[4 * (kPairColumns * s + j) + k]);
+            sums[i][j] += static_cast<uint32_t>(x * y);  // wraps, as the instruction does
+          }
+  }
+
+ private:
+  static int rows(bool tall) { return tall ? kTileBlock : kTileSize; }
 };
 #endif
 

@@ -1,5 +1,5 @@
-// The kernels for AVX512 with VNNI and BF16, and products with AMX tiles. System headers come before the pragma, so that no inline
-// function of theirs is compiled for these instructions.
+// The kernels for AVX512 with VNNI and BF16, with the products of AMX. System headers come before the
+// pragma, so that no inline function of theirs is compiled for these instructions.
 #include "cpu_kernels.h"
 
 #ifdef FASTDISTILL_BF16_COMPILER
@@ -18,11 +18,11 @@
 
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), \
     apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 #endif
 
 #define FASTDISTILL_ISA amx
@@ -31,8 +31,8 @@
 #define FASTDISTILL_BF16
 #define FASTDISTILL_AMX
 #include "cpu_columns.h"
-#include "cpu_gemm.h"
 #include "cpu_quant.h"
+#include "cpu_tile_gemm.h"
 #include "cpu_tiles.h"
 #include "cpu_topk.h"
 
@@ -47,12 +47,12 @@ const Kernels kAmxKernels = {
     amx::lut4_dequant,
     amx::int8_dequant,
     amx::quantize_groups,
-    amx::gemm,
+    amx::tile_gemm_int8,
     amx::lse_topk,
     amx::sum_columns,
     amx::softmax_columns,
     amx::sum_remainders,
-    amx::peak,
+    amx::tile_peak,
     {amx::tile_gemm, amx::tile_scratch},
 };
 }  // namespace fastdistill

@@ -4,6 +4,7 @@
 #include "cpu_columns.h"
 #include "cpu_gemm.h"
 #include "cpu_quant.h"
+#include "cpu_tile_gemm.h"
 #include "cpu_tiles.h"
 #include "cpu_topk.h"
 
@@ -20,5 +21,16 @@ const Kernels kScalarKernels = {
     nullptr,
     {scalar::bf16_gemm, scalar::bf16_scratch},
 };
-const ProductKernels kTileModel = {scalar::tile_gemm, scalar::tile_scratch};
+const Kernels kTileModel = {
+    scalar::lut4_dequant,
+    scalar::int8_dequant,
+    scalar::quantize_groups,
+    scalar::tile_gemm_int8,
+    scalar::lse_topk,
+    scalar::sum_columns,
+    scalar::softmax_columns,
+    scalar::sum_remainders,
+    nullptr,
+    {scalar::tile_gemm, scalar::tile_scratch},
+};
 }  // namespace fastdistill

@@ -72,6 +72,7 @@ inline void store(bf16* p, F32 a) {
   const __m512i r = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, quiet);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
 }
+inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I32 load_i8(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }

@@ -133,6 +133,7 @@ inline void store(T* p, const F32& a) {
   for (int i = 0; i < 16; ++i) from_float(p + i, a.v[i]);
 }
 inline I32 load_i8(const int8_t* p) { FASTDISTILL_LANES(I32, p[i]); }
+inline I32 load_i32(const int32_t* p) { FASTDISTILL_LANES(I32, p[i]); }
 inline void store_i8(int8_t* p, const I32& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }

@@ -1,7 +1,8 @@
 # The compiled module of csrc/bind.cpp. It may be absent: only backend.py imports it, and copes.
 #
 # Kernels take addresses (Tensor.data_ptr(), 0 for an absent tensor) of contiguous CPU memory and do
-# not check them. `isa` is an index into isa_names(), dtypes are 0 fp32, 1 bf16, 2 fp16.
+# not check them. `isa` is an index into isa_names(), or −1 for the model of AMX's tiles; dtypes are
+# 0 fp32, 1 bf16, 2 fp16.
 
 def cpu_features() -> dict[str, bool]: ...
 def build_info() -> dict[str, str | bool]: ...
@@ -91,7 +92,7 @@ def lse_topk(
     values: int,  # fp32 [rows, k]
     lse_rest: int,  # fp32 [rows]
 ) -> None: ...
-def vnni_peak(isa: int, threads: int) -> float: ...  # GOP/s
+def int8_peak(isa: int, threads: int) -> float: ...  # GOP/s; 0 without instructions for int8
 def sum_columns(
     isa: int,
     threads: int,
@@ -125,7 +126,7 @@ def sum_remainders(
     stride: int,
     sums: int,  # fp32 [n], added to
 ) -> None: ...
-def has_bf16_gemm(isa: int) -> bool: ...  # −1: the model of AMX's tiles
+def has_bf16_gemm(isa: int) -> bool: ...
 def bf16_scratch(isa: int, threads: int, N: int, K: int) -> int: ...  # bytes
 def bf16_gemm(
     isa: int,

@@ -72,13 +72,17 @@ def test_what_is_wrong_at_full_size_only_is_refused_too():
 
 
 def test_a_peer_is_shown_with_its_error_unless_it_computes_something_else():
-    coarse, other = measured(
-        Contender("coarse", scaled(1.01), exact=False), Contender("other", scaled(3), exact=False)
+    coarse, other, part = measured(
+        Contender("coarse", scaled(1.01), exact=False),
+        Contender("other", scaled(3), exact=False),
+        Contender("part", scaled(3), exact=False, part=True),
     )
     assert coarse.grad_error == pytest.approx(0.01, rel=1e-3)
     assert not coarse.missing
     assert other.missing
     assert "another function" in (other.reason or "")
+    assert part.ms_median is not None
+    assert part.grad_error is None
 
 
 def not_installed(d: data.Data):
@@ -165,6 +169,7 @@ def test_csv_says_what_json_says(tmp_path):
 def test_results_on_record_have_the_schema(path):
     for record in json.loads(path.read_text(encoding="utf-8")):
         assert set(SCHEMA) <= set(record)
+        assert re.search(r", \d+ threads, \w+$", record["machine"])  # instruction set last
         if record.get("missing"):
             assert record["ms_median"] is record["grad_error"] is None
 
