@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from . import compat
     from .hf.token_map import TokenMap
     from .losses.dense import linear_distill_loss
-    from .losses.draft import dpace_weights
+    from .losses.draft import acceptance_length, dpace_weights
     from .losses.linear_head import linear_logprobs_at, linear_lse_gather, linear_topk
     from .losses.modules import LinearDistillLoss, TopKDistillLoss
     from .losses.scores import token_scores
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .teachers.local import Teacher, load_teacher
     from .teachers.mapped import MappedTeacher
     from .teachers.routed import RoutedTeacher
+    from .teachers.vllm_hidden_states import VLLMHiddenStates
     from .training.config import DistillConfig
     from .training.self_teacher import SelfTeacher
     from .training.trainer import DistillTrainer
@@ -52,6 +53,8 @@ __all__ = [
     "TokenScores",
     "TopK",
     "TopKDistillLoss",
+    "VLLMHiddenStates",
+    "acceptance_length",
     "compat",
     "dpace_weights",
     "linear_distill_loss",
@@ -70,7 +73,7 @@ _NAMES_OF = {
     "teachers.cache": ("CacheError", "TeacherCache"),
     "hf.token_map": ("TokenMap",),
     "losses.dense": ("linear_distill_loss",),
-    "losses.draft": ("dpace_weights",),
+    "losses.draft": ("acceptance_length", "dpace_weights"),
     "teachers.fidelity": ("FidelityReport",),
     "losses.topk": ("topk_distill", "topk_distill_loss"),
     "losses.modules": ("LinearDistillLoss", "TopKDistillLoss"),
@@ -82,6 +85,7 @@ _NAMES_OF = {
     "teachers.local": ("Teacher", "load_teacher"),
     "teachers.mapped": ("MappedTeacher",),
     "teachers.routed": ("RoutedTeacher",),
+    "teachers.vllm_hidden_states": ("VLLMHiddenStates",),
     "training.config": ("DistillConfig",),
     "training.self_teacher": ("SelfTeacher",),
     "training.trainer": ("DistillTrainer",),
@@ -89,7 +93,11 @@ _NAMES_OF = {
 _import_name = lazy_names(
     __name__,
     {name: module for module, names in _NAMES_OF.items() for name in names},
-    extra_of={"teachers.cache": "cache", "teachers.http": "cache"},
+    extra_of={
+        "teachers.cache": "cache",
+        "teachers.http": "cache",
+        "teachers.vllm_hidden_states": "cache",
+    },
 )
 
 

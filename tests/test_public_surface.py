@@ -89,6 +89,7 @@ SIGNATURES = {
         "impl",
         "backward",
     ],
+    "acceptance_length": ["acceptance_rate", "ratio"],
     "dpace_weights": ["nll", "block_size", "alpha", "mask"],
     "linear_logprobs_at": [
         "hidden",
@@ -167,6 +168,7 @@ EXPORTED = {
     "TokenScores",
     "TopK",
     "TopKDistillLoss",
+    "VLLMHiddenStates",
     "compat",
     "load_teacher",
     "quantize_model",

@@ -25,6 +25,7 @@ def figures(cache: TeacherCache) -> dict[str, Any]:
         "k": settings.k,
         "temperatures": list(settings.temperatures),
         "targets": settings.targets,
+        **({"layers": list(cache.layers)} if cache.answers == "hidden" else {}),
         "positions": settings.positions,
         "vocab_size": settings.vocab_size,
         "max_length": settings.max_length,
@@ -59,12 +60,17 @@ def show(summary: dict[str, Any]) -> None:
     """Print what `info` returns."""
     teacher = summary["teacher"]
     name = teacher.get("name") or teacher.get("path") or teacher["kind"]
-    temperatures = ", ".join(f"{T:g}" for T in summary["temperatures"])
-    targets = f"top {summary['k']}" if summary["targets"] == "topk" else f"{summary['k']} draws"
+    if summary["targets"] == "hidden":
+        layers = ", ".join(map(str, summary["layers"]))
+        what = "hidden states" + (f", and those after layers {layers}" if layers else "")
+    else:
+        temperatures = ", ".join(f"{T:g}" for T in summary["temperatures"])
+        targets = f"top {summary['k']}" if summary["targets"] == "topk" else f"{summary['k']} draws"
+        what = f"{targets} at T = {temperatures}"
     lines = [
         ("cache", summary["path"]),
         ("teacher", str(name)),
-        ("answers", f"{targets} at T = {temperatures}; positions: {summary['positions']}"),
+        ("answers", f"{what}; positions: {summary['positions']}"),
         ("tokens", f"{summary['tokens']:,} in {summary['rows']:,} rows"),
         (
             "size",

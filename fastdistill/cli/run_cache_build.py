@@ -85,8 +85,9 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     )
     for index in range(len(data)):
         encoder(data[index], index, "data")  # raises for a row that the build would reject
-    names = (field.name for field in fields(BuildOptions))
-    build_options = BuildOptions(**{name: getattr(options, name) for name in names})
+    values = vars(options)
+    names = (field.name for field in fields(BuildOptions) if field.name in values)
+    build_options = BuildOptions(**{name: values[name] for name in names})
     source = None if isinstance(teacher, TeacherSpec) else teacher
     settings, bytes_per_row = settings_for(source, Examples(data, encoder), build_options, vocab)
     if isinstance(teacher, ServedTeacher):

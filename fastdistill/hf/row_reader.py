@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import checks, tensor_checks
+from .layer_outputs import layer_outputs
 from .lm_head import evaluating, head_of, hidden_states
 from .positions import (
     RowLimit,
@@ -139,10 +140,14 @@ class BatchedForward:
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     def read(
-        self, rows: Rows, images: Mapping[str, Tensor] | None = None
+        self,
+        rows: Rows,
+        images: Mapping[str, Tensor] | None = None,
+        layers: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (positions in the flattened batch (n,), their hidden states (n, H)) per group.
 
+        With `layers`, the states are (n, L + 1, H): the outputs of these L layers, then the last.
         Rows with images run in one padded group, because the images of a batch are one tensor.
         Raises ValueError for a row longer than the model's limit, before anything runs."""
         if self.row_limit is not None:
@@ -159,16 +164,20 @@ class BatchedForward:
             at = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in group])
             at = at.to(rows.tokens.device)
             run = _packed if self._packed_is_cheaper(lengths, varlen) else _padded
-            yield rows.where[at], run(self.model, rows.tokens[at], lengths)
+            yield rows.where[at], run(self.model, rows.tokens[at], lengths, layers)
 
     def hidden(
-        self, rows: Rows, images: Mapping[str, Tensor] | None = None
-    ) -> Tensor:  # (B, T, H), zero where nothing is attended
+        self,
+        rows: Rows,
+        images: Mapping[str, Tensor] | None = None,
+        layers: Sequence[int] = (),
+    ) -> Tensor:  # (B, T, H) or (B, T, L + 1, H), zero where nothing is attended
         """Return the hidden states of the whole batch, on the batch's device."""
-        weight = head_of(self.model).weight
-        out = weight.new_zeros(*rows.shape, weight.shape[1], device=rows.where.device)
+        weight, states = head_of(self.model).weight, (len(layers) + 1,) if layers else ()
+        shape = (*rows.shape, *states, weight.shape[1])
+        out = weight.new_zeros(shape, device=rows.where.device)
         flat = out.flatten(0, 1)
-        for where, hidden in self.read(rows, images):
+        for where, hidden in self.read(rows, images, layers):
             flat[where] = hidden.to(out)
         return out
 
@@ -204,9 +213,9 @@ def groups(
     return batches
 
 
-def _packed(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
+def _packed(model: nn.Module, tokens: Tensor, lengths: list[int], layers: Sequence[int]) -> Tensor:
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return _forward(model, tokens[None], positions[None])[0]
+    return _forward(model, tokens[None], positions[None], layers)[0]
 
 
 def _with_images(model: nn.Module, rows: Rows, images: Mapping[str, Tensor]) -> Tensor:
@@ -220,20 +229,26 @@ def _with_images(model: nn.Module, rows: Rows, images: Mapping[str, Tensor]) -> 
     return hidden.flatten(0, 1)[rows.where.to(hidden.device)]
 
 
-def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
+def _padded(model: nn.Module, tokens: Tensor, lengths: list[int], layers: Sequence[int]) -> Tensor:
     longest = max(lengths)
     inside = torch.cat([torch.arange(n) + row * longest for row, n in enumerate(lengths)])
     ids = tokens.new_zeros(len(lengths) * longest)
     ids[inside.to(ids.device)] = tokens
-    hidden = _forward(model, ids.view(-1, longest), None)
+    hidden = _forward(model, ids.view(-1, longest), None, layers)
     return hidden.flatten(0, 1)[inside.to(hidden.device)]
 
 
-def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+def _forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    layers: Sequence[int] = (),
+) -> Tensor:
     device = reading_device(model)
     inputs = {} if position_ids is None else {"position_ids": position_ids.to(device)}
-    with evaluating(model):
-        return hidden_states(model, input_ids.to(device), **inputs)
+    with evaluating(model), layer_outputs(model, layers) as outputs:
+        last = hidden_states(model, input_ids.to(device), **inputs)
+    return torch.stack([*(output.to(last) for output in outputs), last], -2) if layers else last
 
 
 @torch.no_grad()

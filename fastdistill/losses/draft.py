@@ -94,3 +94,50 @@ def dpace_weights(
     parts = torch.where(counts.view(prefix.shape), prefix, 0.0)
     weights = parts.flip(-1).cumsum(-1).flip(-1).view(nll.shape)
     return torch.where(counts, weights, 0.0).to(nll.dtype)
+
+
+@torch.no_grad()
+def acceptance_length(acceptance_rate: Tensor, ratio: Tensor | None = None) -> Tensor:
+    """Return the expected number of tokens per verification of a drafted chain.
+
+        1 + Σ_i α_i · Π_{j < i} r_j
+
+    for the speculative sampling rule (Leviathan et al., arXiv 2211.17192): a drafted token x is
+    kept with probability min(1, p(x) / q(x)), and the verifier adds one token of its own.
+
+    Without `ratio`, r = α, as if the steps were independent; a constant α then gives their
+    (1 − α^{T + 1}) / (1 − α). With `ratio` the mean over texts that the verifier sampled is exact:
+    Σ_x min(p, q) over the chains x of i tokens equals the mean over x ~ p of Π_j min(1, q / p),
+    and α_i is its last factor, summed over the vocabulary.
+
+    Args:
+        acceptance_rate: [..., T], α_i = Σ_v min(p, q) at step i of a chain, which has read the
+            first i − 1 tokens of the text (`token_scores`, or 1 minus "tvd").
+        ratio: [..., T], min(1, q(x) / p(x)) of the text's token at step i. The last one of a chain
+            has no effect.
+
+    Returns:
+        [...], in the type of acceptance_rate, from 1 to T + 1. It has no gradient.
+
+    Raises:
+        ValueError or TypeError that names the argument.
+
+    Example:
+        >>> acceptance_length(torch.tensor([0.5, 0.5, 0.5]))
+        tensor(1.8750)
+    """
+    tensor_checks.tensor("acceptance_rate", acceptance_rate, tensor_checks.FLOATS)
+    if not acceptance_rate.dim() or not acceptance_rate.shape[-1]:
+        checks.fail("acceptance_rate", "shape [..., T] with T ≥ 1", list(acceptance_rate.shape))
+    factors = acceptance_rate
+    if ratio is not None:
+        tensor_checks.tensor("ratio", ratio, tensor_checks.FLOATS)
+        if ratio.shape != acceptance_rate.shape:
+            expected = f"shape {list(acceptance_rate.shape)} as acceptance_rate"
+            checks.fail("ratio", expected, list(ratio.shape), "one entry per step")
+        factors = ratio.to(acceptance_rate.dtype)
+    for name, values in (("acceptance_rate", acceptance_rate), ("ratio", factors)):
+        if not bool(((values >= 0) & (values <= 1 + 1e-4)).all()):
+            checks.fail(name, "probabilities in [0, 1]", "others")
+    before = torch.cat([torch.ones_like(factors[..., :1]), factors[..., :-1].cumprod(-1)], -1)
+    return 1 + (before * acceptance_rate).sum(-1)

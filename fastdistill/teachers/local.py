@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..hf.checkpoint import StoredModel
+from ..hf.layer_outputs import check_layers
 from ..hf.lm_head import LMHead, head_of, rows_of_head, verify_head
 from ..hf.offloading import check_whole
 from ..hf.positions import RowLimit
@@ -27,6 +28,7 @@ from .cache import TeacherCache
 from .fidelity import FidelityReport, measure
 from .http import ServedTeacher
 from .open import open_teacher
+from .protocols import HiddenStates
 from .scored_ids import check_scored_ids
 
 if TYPE_CHECKING:
@@ -238,6 +240,35 @@ class Teacher:
 
         Batched as in `topk`, and zero where attention_mask is 0. Raises the same errors."""
         return self.reader.hidden(read_rows(input_ids, attention_mask, self.reader.vocab), images)
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        layers: Sequence[int] = (),
+    ) -> HiddenStates:
+        """Return `hidden` and the outputs of some decoder layers, as EAGLE-3 drafts read them.
+
+        Args:
+            input_ids, attention_mask: as in `topk`.
+            layers: numbers of decoder layers, from 1, as in eagle_aux_hidden_state_layer_ids of
+                vLLM. The output of the last layer is the state before the final norm.
+
+        Returns:
+            HiddenStates in the model's dtype: last [B, T, H], and layers [B, T, L, H] in the order
+            of `layers`; both zero where attention_mask is 0.
+
+        Raises:
+            ValueError or TypeError naming the argument, what was expected and what was passed.
+        """
+        check_layers(self.model, layers)
+        rows = read_rows(input_ids, attention_mask, self.reader.vocab)
+        states = self.reader.hidden(rows, layers=layers)
+        if not layers:
+            return HiddenStates(states, states[:, :, None][:, :, :0])
+        return HiddenStates(states[:, :, -1], states[:, :, :-1])
 
     def fidelity(
         self,

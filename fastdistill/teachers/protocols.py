@@ -10,13 +10,20 @@ losses/answer_checks.py).
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..hf.lm_head import LMHead
 from ..hf.row_reader import BatchedForward
 from ..losses.types import TopK
+
+
+class HiddenStates(NamedTuple):
+    """Hidden states of a verifier at every token of a batch, zero at padding."""
+
+    last: Tensor  # (B, T, H), as they enter the head
+    layers: Tensor  # (B, T, L, H), the outputs of L decoder layers
 
 
 @runtime_checkable

@@ -108,6 +108,8 @@ def check_fit(
             checks.fail("teacher", "a teacher for the student's samples", got)
         return None
     is_spec, kind = isinstance(teacher, TeacherSpec), type(teacher).__name__
+    if isinstance(teacher, TeacherCache):
+        teacher.check_answers("topk")
     if config.k is None and not isinstance(teacher, DenseTeacher) and not is_spec:
         raise TypeError(
             "teacher: expected a model, or an object with hidden(input_ids, attention_mask) and "

@@ -221,3 +221,36 @@ def test_the_error_is_that_of_the_table():
         formula(name, p, (y @ v.t()).softmax(-1)).mean().backward()
         for a, b in ((x.grad, y.grad), (w.grad, v.grad)):
             assert relative(present(a), present(b)) <= PROMISED[torch.bfloat16], name
+
+
+def test_acceptance_length_of_equal_steps():
+    """(1 − α^{T + 1}) / (1 − α), equation 1 of Leviathan et al."""
+    rate = torch.full((3, 4), 0.7, dtype=torch.float64)
+    expected = (1 - 0.7**5) / (1 - 0.7)
+    torch.testing.assert_close(fd.acceptance_length(rate), torch.full((3,), expected).double())
+    assert fd.acceptance_length(torch.ones(4)) == 5
+    assert fd.acceptance_length(torch.zeros(4)) == 1
+
+
+def test_acceptance_length_over_all_texts_of_the_verifier():
+    """Its mean over x ~ p is 1 + Σ_i Σ_x Π_{j ≤ i} min(p, q), the chains that are accepted."""
+    g = torch.Generator().manual_seed(0)
+    p1, q1 = torch.randn(2, 3, generator=g, dtype=torch.float64).mul(2).softmax(-1)
+    p2, q2 = torch.randn(2, 3, 3, generator=g, dtype=torch.float64).mul(2).softmax(-1)
+    both = torch.minimum(p1, q1)
+    expected = 1 + both.sum() + (both[:, None] * torch.minimum(p2, q2)).sum()
+    first = torch.minimum(p1, q1).sum().expand(3)
+    rates = torch.stack([first, torch.minimum(p2, q2).sum(-1)], -1)  # for each first token x
+    ratios = torch.stack([(q1 / p1).clamp(max=1), torch.zeros(3)], -1)
+    mean = (p1 * fd.acceptance_length(rates, ratios)).sum()
+    torch.testing.assert_close(mean, expected)
+
+
+def test_refused_rates():
+    rate = torch.full((2, 4), 0.5)
+    with pytest.raises(ValueError, match=r"ratio: expected shape \[2, 4\] as acceptance_rate"):
+        fd.acceptance_length(rate, rate[0])
+    with pytest.raises(ValueError, match=r"acceptance_rate: expected probabilities in \[0, 1\]"):
+        fd.acceptance_length(rate + 1)
+    with pytest.raises(ValueError, match=r"acceptance_rate: expected shape \[\.\.\., T\]"):
+        fd.acceptance_length(rate[:, :0])

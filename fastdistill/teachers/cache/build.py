@@ -28,7 +28,8 @@ from ...losses.types import TopK
 from ...runtime.atomic_files import write_json
 from ...runtime.printable import printable
 from ...runtime.progress import RowProgress
-from .codec import pack
+from .codec import Array, pack
+from .hidden_states import find_not_finite
 from .manifest import (
     CacheError,
     Manifest,
@@ -83,8 +84,10 @@ class Source(Protocol):
 
     def answers(
         self, rows: list[PendingRow], settings: Settings, shard: int
-    ) -> Iterator[tuple[list[int], list[TopK]]]:
+    ) -> Iterator[tuple[list[int], list[TopK] | Tensor]]:
         """Yield (indices into `rows`, their concatenated answers [Σ P, ≤ k] per temperature).
+
+        Of answers="hidden" they are one tensor [Σ P, L + 1, H].
 
         Every row with at least one place is yielded once."""
 
@@ -145,14 +148,38 @@ def _answer_shard(
     writer = Writer(settings, [row.key for row in rows], [row.places.numpy() for row in rows])
     for group, answers in source.answers(rows, settings, index):
         group_rows = [rows[at] for at in group]
-        for answer in answers:
-            _check_answers(answer, group_rows, settings, source.answers_all)
-        packed = pack(answers, settings.k, settings.blocks)
+        packed = _pack(answers, group_rows, settings, source.answers_all)
         for at in group:
             packed = writer.put(at, packed)
         tokens = sum(len(rows[at].places) for at in group)
         bar.advance(len(group), tokens * settings.bytes_per_token)
     return writer
+
+
+def _pack(
+    answers: list[TopK] | Tensor, rows: list[PendingRow], settings: Settings, answers_all: bool
+) -> dict[str, Array]:
+    """Return the checked answers as they are stored."""
+    if settings.hidden is not None:
+        assert isinstance(answers, Tensor)
+        _check_states(answers, rows)
+        return settings.hidden.pack(answers)
+    assert isinstance(answers, list)
+    for answer in answers:
+        _check_answers(answer, rows, settings, answers_all)
+    return pack(answers, settings.k, settings.blocks)._asdict()
+
+
+def _check_states(states: Tensor, rows: list[PendingRow]) -> None:
+    wrong = find_not_finite(states)
+    if wrong is None:
+        return
+    row, place = row_and_position([len(row.places) for row in rows], wrong)
+    raise CacheError(
+        "teacher: expected finite hidden states, got NaN or infinity for example "
+        f"{rows[row].index}, position {int(rows[row].places[place])}. Nothing of this shard was "
+        "written; load the teacher in a type with a larger range"
+    )
 
 
 def _check_answers(
@@ -284,12 +311,13 @@ def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Set
         tokens_per_batch=stored.tokens_per_batch,
     )
     new_values, old_values = expected.as_json(), stored.as_json()
-    differing = [name for name in new_values if new_values[name] != old_values[name]]
+    names = ("targets", *{**new_values, **old_values})
+    differing = [name for name in names if new_values.get(name) != old_values.get(name)]
     if differing and not _is_in_use(folder, rank):  # killed before anything was finished
         return None
     if differing:
         name = differing[0]
-        old, new = (printable(repr(values[name]), 200) for values in (old_values, new_values))
+        old, new = (printable(repr(values.get(name)), 200) for values in (old_values, new_values))
         raise CacheError(
             f"{folder}: begun with {name}={old}, got {name}={new}. Build into another folder, or "
             f"resume with the settings in {SETTINGS}"

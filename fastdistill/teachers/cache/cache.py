@@ -16,9 +16,10 @@ from ...hf.tokenizers import tokenizer_fingerprint
 from ...losses.types import TopK
 from ...runtime import checks, tensor_checks
 from ...runtime.optional import needs
+from ..protocols import HiddenStates
 from . import verification
 from .build import Examples, build
-from .manifest import CacheError, Manifest, read_manifest
+from .manifest import HIDDEN, CacheError, Manifest, read_manifest
 from .reader import Reader
 from .settings import (
     BuildOptions,
@@ -40,6 +41,8 @@ class Verified(NamedTuple):
 
 class TeacherCache:
     """A TopKTeacher that reads its answers from a folder, looked up by the tokens of a row.
+
+    A cache that was built with answers="hidden" has `hidden` and `hidden_states` instead of `topk`.
 
     Opening it checks the shards against the manifest: their sizes, and the sha256 of files that
     changed since the last check. The trainer reads it in DataLoader workers.
@@ -71,8 +74,10 @@ class TeacherCache:
         dataset: Any,
         path: str | Path,
         *,
-        k: int,
+        k: int | None = None,
         temperatures: Sequence[float] = (1.0,),
+        answers: str = "topk",
+        layers: Sequence[int] = (),
         targets: str = "topk",
         positions: str = "all",
         tokenizer: Any = None,
@@ -95,9 +100,14 @@ class TeacherCache:
             dataset: the trainer's dataset: a list or Dataset of dicts with input_ids, messages,
                 prompt and completion, or text.
             path: a new or empty folder, or the folder of the build to resume.
-            k: 1 ≤ k ≤ V, slots per position.
+            k: 1 ≤ k ≤ V, slots per position; None with answers="hidden".
             temperatures: those available later. A slot is stored once; each temperature adds an
                 exact log_tail and shift (8 bytes per token).
+            answers: "topk", distributions over k tokens; or "hidden", the hidden states that enter
+                the head, in the teacher's type, for the training of draft models. `hidden` reads
+                them.
+            layers: with answers="hidden", decoder layers (from 1) whose outputs are stored too, as
+                EAGLE-3 drafts read them; the teacher is then a Teacher. `hidden_states` reads them.
             targets: "topk", the k likeliest tokens; or "sampled", k draws from the whole
                 distribution (arXiv 2503.16870), for forward_kl at one temperature, from a teacher
                 with hidden(...) and head.
@@ -122,6 +132,8 @@ class TeacherCache:
         options = BuildOptions(
             k=k,
             temperatures=temperatures,
+            answers=answers,
+            layers=layers,
             targets=targets,
             positions=positions,
             seed=seed,
@@ -132,7 +144,7 @@ class TeacherCache:
                 from ..local import load_teacher
 
             teacher = load_teacher(teacher)
-        check_teacher_supports(teacher, targets)
+        check_teacher_supports(teacher, options)
         encoder = Encoder(
             tokenizer=tokenizer_for(teacher, tokenizer),
             completion_only=completion_only_loss,
@@ -203,6 +215,17 @@ class TeacherCache:
         return self.manifest.settings.vocab_size
 
     @property
+    def answers(self) -> str:
+        """What is stored: "topk" for distributions, "hidden" for hidden states."""
+        return "topk" if self.manifest.settings.hidden is None else HIDDEN
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers, from 1, whose outputs are stored."""
+        hidden = self.manifest.settings.hidden
+        return () if hidden is None else hidden.layers
+
+    @property
     def of_a_model(self) -> bool:
         """Whether a Teacher answered, which counts positions from the first attended token."""
         return bool(self.manifest.settings.teacher["kind"] == "fastdistill.teachers.local.Teacher")
@@ -247,8 +270,49 @@ class TeacherCache:
         answers = self._reader.read(input_ids.cpu().long(), mask, k, at, self.valid_vocab)
         return answers.to(input_ids.device)
 
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+    ) -> Tensor:  # (B, T, H)
+        """Return the stored hidden states at the head's input; see `hidden_states`."""
+        return self.hidden_states(input_ids, attention_mask).last
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+    ) -> HiddenStates:
+        """Return the stored hidden states of these rows; tokens with attention_mask 0 are ignored.
+
+        Args:
+            input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
+
+        Returns:
+            HiddenStates on input_ids' device, with the bits that the teacher answered: last
+            [B, T, H], and layers [B, T, L, H] of the layers that the cache was built with. Both are
+            zero at positions without an answer.
+
+        Raises:
+            CacheError: the cache does not have this row, or has no hidden states.
+        """
+        tensor_checks.batch(input_ids, attention_mask)
+        self.check_answers("hidden")
+        mask = None if attention_mask is None else attention_mask.cpu() != 0
+        states = self._reader.read_hidden(input_ids.cpu().long(), mask).to(input_ids.device)
+        return HiddenStates(states[:, :, -1], states[:, :, :-1])
+
+    def check_answers(self, answers: str) -> None:
+        """Raise CacheError unless the cache was built with these `answers`."""
+        if self.answers != answers:
+            raise CacheError(
+                f"answers: expected a cache with answers={answers!r}, got {self.path} with "
+                f"{self.answers!r}. Build another with answers={answers!r}"
+            )
+
     def check(self, *, k: int, temperature: float) -> int:
         """Return the index of a stored temperature; raise CacheError if k or T is not stored."""
+        self.check_answers("topk")
         settings = self.manifest.settings
         if type(k) is not int or not 1 <= k <= settings.k:
             raise CacheError(
@@ -296,7 +360,9 @@ class TeacherCache:
         return self._reader.answered(input_ids.cpu().long())
 
     def verify(self) -> Verified:
-        """Read every shard, compare its sha256, and check that every answer is a distribution.
+        """Read every shard, compare its sha256, and check every answer.
+
+        Distributions must sum to 1, and hidden states must be finite.
 
         Raises CacheError that names the differing shards or the invalid field."""
         verification.compare(self.path, self.manifest, everything=True)

@@ -12,15 +12,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...hf.source import MANIFEST, SETTINGS
 from ...runtime import checks
 from ...runtime.atomic_files import write_json
 from ...runtime.json_text import JSONError, read_json
 from ...runtime.printable import printable, printable_lines
-from .codec import BLOCK, bytes_per_token
+from .codec import BLOCK, layout
+from .hidden_states import HiddenLayout
 
 VERSION = 1
 TARGETS = ("topk", "sampled")
+HIDDEN = "hidden"  # the targets of a cache with answers="hidden"
 POSITIONS = ("all", "targets")
 MAX_K = (1 << 16) - 1  # what a count of ids in a block holds
 MAX_VOCAB = (1 << 31) - 1  # ids are handed out as int32
@@ -56,6 +60,7 @@ class Settings:
     tokenizer_sha256: str | None
     chat_template_sha256: str | None
     library: dict[str, str]
+    hidden: HiddenLayout | None = None  # of targets "hidden", which has no k and no temperatures
 
     @property
     def ids(self) -> int:
@@ -67,9 +72,16 @@ class Settings:
         return -(-self.ids // BLOCK)
 
     @property
+    def columns(self) -> dict[str, tuple[np.dtype[Any], int]]:
+        """The type and the values per token of each array of answers."""
+        if self.hidden is not None:
+            return self.hidden.columns
+        return layout(self.k, self.blocks, len(self.temperatures))
+
+    @property
     def bytes_per_token(self) -> int:
         positions = 4 if self.positions == "targets" else 0
-        return bytes_per_token(self.k, self.blocks, len(self.temperatures)) + positions
+        return positions + sum(kind.itemsize * width for kind, width in self.columns.values())
 
     @property
     def shards(self) -> int:
@@ -85,7 +97,10 @@ class Settings:
         return range(first, min(first + self.rows_per_shard, self.rows))
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        entries = {**asdict(self), "temperatures": list(self.temperatures)}
+        if self.hidden is None:
+            del entries["hidden"]
+        return entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,33 +208,31 @@ def _settings(file: Path, entries: dict[str, Any]) -> Settings:
             f"{_describe(entries.get('version'))}. Read it with the fastdistill that wrote it, or "
             "build it again"
         )
-    if entries.keys() != {field.name for field in fields(Settings)}:
+    optional = {"hidden"}
+    if entries.keys() - optional != {field.name for field in fields(Settings)} - optional:
         raise _damaged(file, "it has other entries than a cache's")
     _check_settings(file, entries)
-    return Settings(**{**entries, "temperatures": tuple(map(float, entries["temperatures"]))})
+    hidden = entries.get("hidden")
+    changed = {
+        "temperatures": tuple(map(float, entries["temperatures"])),
+        "hidden": None if hidden is None else HiddenLayout.from_json(hidden),
+    }
+    return Settings(**{**entries, **changed})
 
 
 def _check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Check the entries before use: k and the vocabulary determine how much is allocated."""
-    vocab, temperatures = entries["vocab_size"], entries["temperatures"]
     try:
-        checks.integer("vocab_size", vocab, 1, MAX_VOCAB, optional=True)
-        checks.integer("k", entries["k"], 1, min(MAX_K, vocab or MAX_K))
+        checks.integer("vocab_size", entries["vocab_size"], 1, MAX_VOCAB, optional=True)
         checks.integer("seed", entries["seed"], optional=True)
         for name in ("rows", "rows_per_shard"):
             checks.integer(name, entries[name], 1)
         for name in ("max_length", "tokens_per_batch"):
             checks.integer(name, entries[name], 1, optional=True)
-        checks.choice("targets", entries["targets"], TARGETS)
+        checks.choice("targets", entries["targets"], (*TARGETS, HIDDEN))
         checks.choice("positions", entries["positions"], POSITIONS)
         checks.boolean("completion_only", entries["completion_only"])
-        is_list = isinstance(temperatures, list)
-        if not is_list or not all(type(T) in (int, float) and 0 < T < 1e30 for T in temperatures):
-            checks.fail("temperatures", "finite numbers above 0", repr(temperatures))
-        most = 1 if entries["targets"] == "sampled" else len(temperatures)
-        if not 0 < len(set(temperatures)) == len(temperatures) <= most:
-            expected = "different numbers (one of sampled targets)"
-            checks.fail("temperatures", expected, repr(temperatures))
+        _check_what_is_stored(entries)
         for name in ("tokenizer_sha256", "chat_template_sha256"):
             if not isinstance(entries[name], (str, type(None))):
                 checks.fail(name, "a text or null", repr(entries[name]))
@@ -231,6 +244,27 @@ def _check_settings(file: Path, entries: dict[str, Any]) -> None:
     except ValueError as error:
         reason = f"its numbers are not those of a cache: {printable(error)}"
         raise _damaged(file, reason) from None
+
+
+def _check_what_is_stored(entries: dict[str, Any]) -> None:
+    """Check k and temperatures of distributions, or the layout of hidden states."""
+    temperatures, hidden = entries["temperatures"], entries.get("hidden")
+    if entries["targets"] == HIDDEN:
+        checks.integer("k", entries["k"], 0, 0)
+        if temperatures != []:
+            checks.fail("temperatures", "none with hidden states", repr(temperatures))
+        HiddenLayout.from_json(hidden)
+        return
+    if hidden is not None:
+        checks.fail("hidden", f"null with targets {entries['targets']!r}", repr(hidden))
+    checks.integer("k", entries["k"], 1, min(MAX_K, entries["vocab_size"] or MAX_K))
+    is_list = isinstance(temperatures, list)
+    if not is_list or not all(type(T) in (int, float) and 0 < T < 1e30 for T in temperatures):
+        checks.fail("temperatures", "finite numbers above 0", repr(temperatures))
+    most = 1 if entries["targets"] == "sampled" else len(temperatures)
+    if not 0 < len(set(temperatures)) == len(temperatures) <= most:
+        expected = "different numbers (one of sampled targets)"
+        checks.fail("temperatures", expected, repr(temperatures))
 
 
 def _describe(value: Any) -> str:
@@ -261,8 +295,8 @@ def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> Non
     if shard.bytes < least:
         raise _damaged(
             file,
-            f"bytes of {shard.file}: expected at least {least:,} for {shard.tokens:,} tokens with "
-            f"k={settings.k}, got {shard.bytes:,}",
+            f"bytes of {shard.file}: expected at least {least:,} for {shard.tokens:,} tokens of "
+            f"{settings.bytes_per_token:,} bytes, got {shard.bytes:,}",
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...losses.answer_checks import AnswerRules, find_invalid, row_and_position
 from ...losses.types import TopK
 from .codec import Array, Packed, truncate_k, unpack
+from .hidden_states import HiddenLayout, find_not_finite
 from .manifest import KEY, CacheError, Manifest
 from .shards import Mapped, key_of
 
@@ -93,8 +94,43 @@ class Reader:
         """Return answers [B, T, k] at the stored temperature `at`; see `TeacherCache.topk`."""
         settings = self.manifest.settings
         answers = TopK.empty((*ids.shape, k), settings.temperatures[at], id_dtype=torch.int32)
+        parts, positions = self._locate(ids, mask)
+        if not parts:
+            return answers
+        stored = self._read_parts(parts, at)
+        if vocab is not None:
+            stored = stored.within(vocab)
+        answers.put(positions, truncate_k(stored, k))
+        return answers
+
+    def read_hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Return hidden states [B, T, L + 1, H], zero where nothing is stored."""
+        layout = self.manifest.settings.hidden
+        assert layout is not None
+        shape = (*ids.shape, layout.states, layout.size)
+        states = torch.zeros(shape, dtype=getattr(torch, layout.dtype))
+        parts, positions = self._locate(ids, mask)
+        flat, start = states.flatten(0, 1), 0
+        for part in parts:
+            shard = self.shard(part.shard)
+            columns = shard.row(part.row)[1]
+            if part.stored_mask is not None:
+                columns = {name: column[part.stored_mask] for name, column in columns.items()}
+            stored = layout.unpack(columns)
+            if (wrong := find_not_finite(stored)) is not None:
+                where = f"row {part.row}, position {part.places[wrong]}"
+                raise shard.damaged(f"{where}: hidden: expected finite numbers")
+            flat[positions[start : start + len(stored)]] = stored
+            start += len(stored)
+        return states
+
+    def _locate(self, ids: Tensor, mask: Tensor | None) -> tuple[list[_Part], Tensor]:
+        """Return the parts that answer a batch [B, T], and their positions in it, flattened.
+
+        Raises CacheError for a row that is not stored."""
+        settings = self.manifest.settings
         parts: list[_Part] = []
-        positions = []
+        positions = [torch.zeros(0, dtype=torch.int64)]
         for row in range(len(ids)):
             attended = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
             if not len(attended):
@@ -113,13 +149,7 @@ class Reader:
             positions += [
                 row * ids.shape[1] + attended[torch.from_numpy(p.places)] for p in row_parts
             ]
-        if not parts:
-            return answers
-        stored = self._read_parts(parts, at)
-        if vocab is not None:
-            stored = stored.within(vocab)
-        answers.put(torch.cat(positions), truncate_k(stored, k))
-        return answers
+        return parts, torch.cat(positions)
 
     def _read_parts(self, parts: list[_Part], at: int) -> TopK:
         """Return the checked answers of these parts, [Σ P, k of the cache]."""
@@ -129,7 +159,7 @@ class Reader:
         answers, start = TopK.empty(shape, T, id_dtype=torch.int32), 0
         for part, length in zip(parts, lengths, strict=True):
             shard = self.shard(part.shard)
-            _, packed = shard.row(part.row)
+            packed = Packed(**shard.row(part.row)[1])
             if part.stored_mask is not None:
                 packed = packed.at(part.stored_mask)
             out = answers.at(slice(start, start + length))
@@ -151,24 +181,36 @@ class Reader:
         unpack(packed, at, scale, settings.draws, out)
 
     def check(self, index: int) -> None:
-        """Raise CacheError if an answer of a shard is no distribution."""
+        """Raise CacheError if an answer of a shard is no distribution, or a state not finite."""
         settings, shard = self.manifest.settings, self.shard(index)
-        tokens = len(shard.packed.ids)
+        tokens = self.manifest.shards[index].tokens
         if shard.places is not None and tokens:
             rises = np.diff(shard.places.astype(np.int64)) > 0
             first = shard.starts[1:-1].astype(np.int64)
             rises[first[(first > 0) & (first < tokens)] - 1] = True
             if not rises.all() or int(shard.places.min()) < 0:
                 raise shard.damaged("places: expected increasing numbers from 0 on in every row")
+        if settings.hidden is not None:
+            _check_states(shard, settings.hidden, tokens)
+            return
         size = max(1, _SLOTS // settings.k)
         for start in range(0, tokens, size):
-            packed = shard.packed.at(slice(start, start + size))
+            packed = Packed(**shard.columns).at(slice(start, start + size))
             for at, T in enumerate(settings.temperatures):
                 answers = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
                 self._unpack(shard, packed, at, answers, f"answers from {start} on")
                 wrong = find_invalid(answers, self._rules)
                 if wrong is not None:
                     raise shard.damaged(f"answer {start + wrong.at}: {wrong}")
+
+
+def _check_states(shard: Mapped, layout: HiddenLayout, tokens: int) -> None:
+    size = max(1, _SLOTS // (layout.states * layout.size))
+    for start in range(0, tokens, size):
+        columns = {"hidden": shard.columns["hidden"][start : start + size]}
+        wrong = find_not_finite(layout.unpack(columns))
+        if wrong is not None:
+            raise shard.damaged(f"answer {start + wrong}: hidden: expected finite numbers")
 
 
 class _Index:

@@ -5,7 +5,8 @@
     keys     uint8 [R, 16]  a hash of the row's attended ids
     starts   int64 [R + 1]  index of the row's first answer
     places   int32 [n]      the row's position of each answer; absent if all are answered
-    ids, blocks, logprobs, log_tail, shift   the answers (codec.py)
+    ids, blocks, logprobs, log_tail, shift   the answers (codec.py), or
+    hidden           the hidden states (hidden_states.py)
 
 A row's answers are consecutive, in the order of its tokens.
 """
@@ -27,7 +28,7 @@ from ...hf.source import MANIFEST
 from ...runtime.atomic_files import sha256_of, sync
 from ...runtime.json_text import parse_json
 from ...runtime.printable import printable
-from .codec import Array, Packed, layout
+from .codec import Array
 from .manifest import KEY, CacheError, Settings, Shard
 
 _HEADER = 1 << 20  # bytes at most
@@ -48,27 +49,29 @@ class Writer:
         counts = [len(p) for p in places]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         self.keys = keys
-        self.packed = Packed.zeros(
-            int(self.starts[-1]), settings.k, settings.blocks, len(settings.temperatures)
-        )
+        tokens = int(self.starts[-1])
+        self.columns: dict[str, Array] = {
+            name: np.zeros((tokens, width), kind)
+            for name, (kind, width) in settings.columns.items()
+        }
         self.places = None
         if settings.positions == "targets":
             self.places = np.concatenate([np.zeros(0), *places]).astype(np.int32)
 
-    def put(self, row: int, packed: Packed) -> Packed:
-        """Take a row's answers from the front of `packed` and return the rest."""
+    def put(self, row: int, answers: dict[str, Array]) -> dict[str, Array]:
+        """Take a row's answers from the front of `answers` and return the rest."""
         start, stop = self.starts[row], self.starts[row + 1]
-        for target, source in zip(self.packed, packed, strict=True):
-            target[start:stop] = source[: stop - start]
-        return packed.at(slice(stop - start, None))
+        for name, target in self.columns.items():
+            target[start:stop] = answers[name][: stop - start]
+        return {name: source[stop - start :] for name, source in answers.items()}
 
     def write(self, file: Path) -> Shard:
         """Write the shard atomically and return its record."""
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        tensors = {
+        tensors: dict[str, Array] = {
             "keys": np.frombuffer(b"".join(self.keys), np.uint8).reshape(-1, KEY),
             "starts": self.starts,
-            **self.packed._asdict(),
+            **self.columns,
             **({} if self.places is None else {"places": self.places}),
         }
         try:
@@ -95,11 +98,13 @@ class Mapped:
     """A memory-mapped shard: reading a row touches its pages only."""
 
     def __init__(self, file: Path, settings: Settings, shard: Shard) -> None:
-        columns = layout(settings.k, settings.blocks, len(settings.temperatures))
         kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
             "keys": (np.uint8, (shard.rows, KEY)),
             "starts": (np.int64, (shard.rows + 1,)),
-            **{name: (kind, (shard.tokens, width)) for name, (kind, width) in columns.items()},
+            **{
+                name: (kind, (shard.tokens, width))
+                for name, (kind, width) in settings.columns.items()
+            },
         }
         if settings.positions == "targets":
             kinds["places"] = (np.int32, (shard.tokens,))
@@ -121,22 +126,22 @@ class Mapped:
                 raise self.damaged(
                     f"keys: expected {printable(expected)}, the {field} of {MANIFEST}, got {key}"
                 )
-        self.packed = Packed(*(tensors[name] for name in Packed._fields))
+        self.columns = {name: tensors[name] for name in settings.columns}
         self.places = tensors["places"] if "places" in kinds else None
         steps = np.diff(self.starts)
         if self.starts[0] != 0 or self.starts[-1] != shard.tokens or (steps < 0).any():
             raise self.damaged(f"starts: expected increasing numbers from 0 to {shard.tokens:,}")
 
-    def row(self, row: int) -> tuple[Array | None, Packed]:
+    def row(self, row: int) -> tuple[Array | None, dict[str, Array]]:
         """Return (positions or None for all, answers) of a row, still mapped."""
         at = slice(self.starts[row], self.starts[row + 1])
         places = None if self.places is None else self.places[at]
-        return places, self.packed.at(at)
+        return places, {name: column[at] for name, column in self.columns.items()}
 
     def places_of(self, row: int, tokens: int) -> Array:
         """Return the answered positions of a row of `tokens` tokens, checked."""
-        places, packed = self.row(row)
-        count = len(packed.ids)
+        places, _ = self.row(row)
+        count = int(self.starts[row + 1] - self.starts[row])
         if places is None:
             if count != tokens:
                 raise self.damaged(f"row {row}: expected {tokens} answers, got {count}")

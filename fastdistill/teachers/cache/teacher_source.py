@@ -17,6 +17,7 @@ from ...losses.answer_checks import find_shape_error
 from ...losses.types import TopK
 from ..protocols import reader_of
 from .build import PendingRow
+from .hidden_states import HiddenLayout
 from .manifest import CacheError, Settings
 from .sampled_targets import draw
 
@@ -34,7 +35,7 @@ class FromTeacher:
 
     def answers(
         self, rows: list[PendingRow], settings: Settings, shard: int
-    ) -> Iterator[tuple[list[int], list[TopK]]]:
+    ) -> Iterator[tuple[list[int], list[TopK] | Tensor]]:
         # A generator per shard, so that its draws do not depend on other shards, from a hash of 32
         # bits: a CPU generator ignores the higher half of its seed.
         key = f"{settings.seed or 0} {shard}".encode()
@@ -44,7 +45,10 @@ class FromTeacher:
         for group in groups(lengths, _TOKENS, False, math.inf):
             ids, mask, where = (x.to(self.device) for x in _batch([rows[i] for i in group]))
             with _fixed_batches(self.teacher, settings.tokens_per_batch):
-                if settings.targets == "sampled":
+                answers: list[TopK] | Tensor
+                if settings.hidden is not None:
+                    answers = self._states(ids, mask, settings.hidden)[where]
+                elif settings.targets == "sampled":
                     answers = self._sampled_answers(ids, mask, where, settings, generator)
                 else:
                     answers = self._topk_answers(ids, mask, where, settings)
@@ -63,6 +67,21 @@ class FromTeacher:
             if wrong is not None:
                 raise CacheError(f"teacher: {wrong}")
         return [answer.at(where.to(answer.ids.device)) for answer in answers]
+
+    def _states(self, ids: Tensor, mask: Tensor, layout: HiddenLayout) -> Tensor:
+        """Return the states of a batch, [B, T, L + 1, H] on the device of `ids`."""
+        states: Tensor
+        if not layout.layers:
+            states = self.teacher.hidden(ids, mask)[:, :, None]
+        else:
+            last, layers = self.teacher.hidden_states(ids, mask, layers=layout.layers)
+            states = torch.cat([layers, last[:, :, None]], 2)
+        expected = (*ids.shape, layout.states, layout.size)
+        if states.shape != expected:
+            raise CacheError(
+                f"teacher: expected hidden states {list(expected)}, got {list(states.shape)}"
+            )
+        return states.to(ids.device)
 
     def _sampled_answers(
         self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings, generator: Any
