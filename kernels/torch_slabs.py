@@ -149,7 +149,7 @@ class Matmul:
         if self._lost_n is not None:
             W = self.head.weight[: self.head.vocab_size]
             total = torch.mm(W.new_ones(1, W.shape[0]), W)[0]  # a mean in fp32 would copy W
-            dx_nH.addr_(self._lost_n, total.to(self.head.dtype) / W.shape[0])
+            dx_nH.addr_(self._lost_n, total.to(self.head.dtype) / max(W.shape[0], 1))
 
     def add_weight_grad(self, ds_vn: Tensor, dw_vH: Tensor, first: bool) -> None:
         """dw = (first) or += ds x, summed over the block in fp32 and rounded to dw's type."""
