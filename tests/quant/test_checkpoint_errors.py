@@ -24,7 +24,7 @@ from helpers.stored import golden, int4, nested_weight, read_all, store, store_o
 W = "model.layers.0.mlp.up_proj.weight"
 KINDS = (
     *("bitsandbytes", "gptq", "gptq of 8 bits", "awq", "compressed-tensors", "fp8", "mxfp4"),
-    *("torchao", "fastdistill", "gguf of all types", "gguf of gpt-oss"),
+    *("torchao", "fastdistill", "gguf of all types", "gguf of gpt-oss", "gguf of qwen35"),
 )
 # Of single experts: the rows of ffn_down are as long as a block of the K types.
 TYPES = {f"ffn_down.{i}": kind for i, kind in enumerate(("Q2_K", "Q3_K", "Q4_K", "Q6_K"))}
@@ -35,8 +35,8 @@ TYPES |= {"ffn_up.1": "Q4_1", "attn_q": "F16", "attn_k": "BF16"}
 def checkpoint_of(kind, folder):
     """(the checkpoint, the file of it to damage)"""
     folder.mkdir()
-    if kind == "gguf of gpt-oss":
-        write_gguf(folder / "tiny.gguf", "gpt-oss", "MXFP4", num_hidden_layers=1)
+    if kind in ("gguf of gpt-oss", "gguf of qwen35"):
+        write_gguf(folder / "tiny.gguf", kind.split()[-1], "MXFP4", num_hidden_layers=1)
         return folder / "tiny.gguf", folder / "tiny.gguf"
     if kind == "gguf of all types":
         sizes = {"num_hidden_layers": 1, "intermediate_size": 256}
@@ -123,6 +123,7 @@ def survives(path):
     assert peak < 64 << 20
 
 
+@pytest.mark.fast_cases(11)
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_anywhere(tmp_path, kind):
     checkpoint, file = checkpoint_of(kind, tmp_path / "whole")

@@ -105,6 +105,11 @@ FACTORS = [(f"rope_factors_{x}.weight", np.full(8, np.inf, np.float32)) for x in
         ("llama", {"extra": [("blk.0.attn_q.weight", UPS[1])]}, "tensor 'blk.0.attn_q.weight'"),
         ("phi3", {"extra": FACTORS}, "rope_factors_long.weight: expected finite factors above 0"),
         ("qwen3moe", {"extra": [UPS]}, "expected ffn_gate_exps and ffn_up_exps of one shape"),
+        (
+            "qwen35",
+            {"fields": [("qwen35.ssm.inner_size", 384)]},
+            "ssm_conv1d.weight.: data: expected 448 rows",
+        ),
         ("gpt-oss", {"extra": [DOWN]}, "tensor 'blk.0.ffn_down_exps.weight': "),
         ("qwen3moe", {"num_experts_per_tok": 5}, "expert_used_count: expected 1 to 4, got 5"),
         ("gemma3", {"fields": [("gemma3.rope.freq_base_swa", 0)]}, "base_swa: expected a finite"),

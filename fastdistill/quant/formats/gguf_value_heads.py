@@ -46,6 +46,8 @@ class ValueHeads(NamedTuple):
 
     def columns(self, weight: Any) -> Any:  # inside `reading`
         """Return a matrix whose columns are of value heads, in transformers' order."""
+        if (columns := weight.shape[-1]) != self.values * self.width:
+            fail("data", f"{self.values * self.width} columns, {self.width} of each head", columns)
         heads = self._order(self.values, 1, 0)
         if isinstance(weight, Tensor):
             return weight.view(len(weight), self.values, -1)[:, heads].reshape(weight.shape)
