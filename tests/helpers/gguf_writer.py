@@ -69,6 +69,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         logits_scaling=4.0,
         residual_multiplier=0.5,
     ),
+    "lfm2": dict(
+        block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"], norm_eps=1e-6
+    ),
     "gpt-oss": LOCAL | dict(head_dim=32, sliding_window=16, rope_parameters=YARN),
     "minimax-m2": LOCAL | dict(head_dim=32, rotary_dim=16),
     "qwen2moe": MIXTURE,
@@ -119,6 +122,19 @@ QWEN35_PARTS = PARTS | {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
+LFM2_PARTS = {
+    **PARTS,
+    **{f"conv.{part}": f"shortconv.{part}" for part in ("conv", "in_proj", "out_proj")},
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "ffn_norm": "ffn_norm",
+    "model.embedding_norm": "token_embd_norm",
+    "operator_norm": "attn_norm",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+}
 GATE_UP = "mlp.experts.gate_up_proj"
 # Where the fp16 numbers of a block are.
 HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
@@ -137,6 +153,7 @@ def gguf_name(name, family="llama"):
     parts = GEMMA_PARTS if family.startswith(("gemma", "olmo2")) else PARTS
     parts = GPT_OSS_PARTS if family == "gpt-oss" else parts
     parts = QWEN35_PARTS if family.startswith("qwen35") else parts
+    parts = LFM2_PARTS if family == "lfm2" else parts
     module, _, kind = name.rpartition(".")
     if name.endswith("_proj"):  # the experts of a mixture
         module, kind = name, "weight"
@@ -162,7 +179,11 @@ def blocks(tensor, kind):
 
 
 def of_linear_attention(name, tensor, config):
-    """A tensor of Qwen3.5's linear attention as it is stored: heads of values in turn."""
+    """A tensor as it is stored: Qwen3.5's linear attention with its heads of values in turn."""
+    if ".conv.conv." in name:  # LFM2's convolution
+        return tensor.squeeze(1)
+    if ".linear_attn." not in name:
+        return tensor
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     first = 2 * keys * config.linear_key_head_dim
     leaf = name.split(".linear_attn.")[1]
@@ -192,8 +213,7 @@ def stored(name, tensor, family, config, single_experts=False):
     if plus_one and name.endswith("norm.weight") and "linear_attn" not in name:
         tensor = tensor + 1
     block = name.split(".")[2] if ".layers." in name else ""
-    if ".linear_attn." in name:
-        tensor = of_linear_attention(name, tensor, config)
+    tensor = of_linear_attention(name, tensor, config)
     whole = {"sinks": "attn_sinks.weight", "e_score_correction_bias": "exp_probs_b.bias"}
     whole |= {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
     if (leaf := name.rpartition(".")[2]) in whole:
@@ -255,6 +275,7 @@ def write(
         for gguf_name, part in stored(name, tensor, family, config, single_experts):
             plain = part.dim() == 1 or gguf_name.endswith(".bias")
             plain = plain or "ffn_gate_inp" in gguf_name or "conv1d" in gguf_name
+            plain = plain or ".shortconv.conv." in gguf_name
             own = [value for key, value in dict(kinds).items() if f".{key}." in gguf_name]
             own += [head_kind] if head_kind and gguf_name == "output.weight" else []
             of = "F32" if plain else [*own, kind][0]
@@ -299,7 +320,8 @@ def _fields(writer, family, config, fields):
     if family != "qwen35moe":
         writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    heads = config.num_key_value_heads
+    writer.add_head_count_kv([0, heads] if family == "lfm2" else heads)
     writer.add_vocab_size(config.vocab_size)
     if family == "stablelm":
         writer.add_layer_norm_eps(config.layer_norm_eps)
@@ -340,6 +362,8 @@ def _of_family(writer, family, config):
         writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(YARN["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(YARN["beta_slow"])
+    if family == "lfm2":
+        writer.add_uint32("lfm2.shortconv.l_cache", config.conv_L_cache)
     if family == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)

@@ -241,6 +241,7 @@ def test_gemma_3_has_other_rotary_frequencies_in_local_layers():
         ("llama", {"rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor: expected 1, got 0.5"),
         ("qwen35", LINEAR | {"ssm.time_step_rank": 3}, "time_step_rank: expected a multiple of 2"),
         ("qwen35", LINEAR | {"ssm.inner_size": 65}, "inner_size: expected a multiple of 4"),
+        ("lfm2", {"shortconv.l_cache": 3}, "attn_k.weight: expected a multiple of 16 rows"),
         ("qwen35", LINEAR | {"ssm.conv_kernel": 0}, "conv_kernel: expected an integer of 1"),
         (
             "llama",

@@ -49,6 +49,7 @@ LARGE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)  # who
         ("qwen3moe", "MXFP4", {}),
         ("qwen3moe", "Q8_0", {}),
         ("qwen35", "Q4_0", {}),
+        ("lfm2", "Q4_0", {}),
         ("qwen35moe", "Q4_1", {}),
     ],
 )

@@ -38,14 +38,14 @@ from .tensor_files import Expanded, Thunk, fail_checkpoint, reading
 logger = logging.getLogger(__name__)
 
 _MATRIX = re.compile(
-    r"blk\.\d+\.(attn_(q|k|v|qkv|output|gate)|ssm_(alpha|beta|out)"
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output|gate)|ssm_(alpha|beta|out)|shortconv\.(in|out)_proj"
     r"|ffn_(gate|up|down)(_exps|_shexp|\.\d+)?)\.weight"
 )
 _EXPERT = r"(?<=ffn_gate|ffn_down)\.\d+\.|(?<=ffn_up)\.\d+\."  # of files before April 2024
 _HEADS = {"q": "attention", "k": "key_value"}
 _ENDS = ("token_embd.weight", "output.weight")  # the embedding and the head
 # Other architectures that transformers 5.23 reads with all their tensors.
-_EXPANDED_BY_TRANSFORMERS = ("falcon", "lfm2", "nemotron")
+_EXPANDED_BY_TRANSFORMERS = ("falcon", "nemotron")
 _EXPAND = (
     "import sys, transformers as t; at, file, out = sys.argv[1:]; "
     "m = t.AutoModelForCausalLM.from_pretrained(at, gguf_file=file, "
@@ -128,7 +128,7 @@ def _one(
     shape: tuple[int, ...] | None = None
     if parameter.endswith("shared_expert_gate.weight"):
         shape = (1, -1)
-    elif parameter.endswith("conv1d.weight"):
+    elif parameter.endswith((".conv1d.weight", ".conv.conv.weight")):
         shape = (tensor.shape[0], 1, tensor.shape[-1])
     read = functools.partial(_weight, name, tensor, order, minus, shape)
     if value_heads is None or not name.endswith((".ssm_a", ".ssm_out.weight")):

@@ -120,6 +120,8 @@ def _of_family(
         return _stablelm(header)
     if family == "granite":
         return _granite(fields, width)
+    if family == "lfm2":
+        return _lfm2(header, config, width)
     entries = _mixture(header, family) if has_experts(fields, family) else {}
     if family.startswith("qwen35"):
         entries |= _linear_attention(fields, family)
@@ -200,6 +202,24 @@ def _granite(fields: dict[str, Any], width: int) -> dict[str, Any]:
         checks.positive(f"granite.{key}", scale)
         entries[entry] = float(scale)
     return entries
+
+
+def _lfm2(header: GGUFHeader, config: dict[str, Any], width: int) -> dict[str, Any]:
+    """Return which layers of LFM2 have attention, as the tensors say, and their sizes."""
+    tensors = header.tensors
+    names = [f"blk.{i}.attn_k.weight" for i in range(config["num_hidden_layers"])]
+    rows = {tensors[name].shape[0] for name in names if name in tensors}
+    if len(rows) != 1 or min(rows) % width:
+        expected = f"a multiple of {width} rows, the same in all layers with attention"
+        fail("attn_k.weight", expected, sorted(rows) or "none")
+    checks.integer("lfm2.shortconv.l_cache", config.get("conv_L_cache"), 1)
+    return {
+        "norm_eps": config["rms_norm_eps"],
+        "num_key_value_heads": min(rows) // width,
+        "layer_types": ["full_attention" if name in tensors else "conv" for name in names],
+        "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in tensors),
+        "block_auto_adjust_ff_dim": False,  # feed_forward_length is the adjusted one
+    }
 
 
 def _stablelm(header: GGUFHeader) -> dict[str, Any]:

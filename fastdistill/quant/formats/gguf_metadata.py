@@ -49,6 +49,7 @@ _READ_OF = {  # by family, besides
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
     "granite": {"embedding_scale", "logit_scale", "residual_scale"},
     "gemma3": {"rope.freq_base_swa", "attention.sliding_window_pattern"},
+    "lfm2": {"shortconv.l_cache"},
     "phi3": {"rope.scaling.attn_factor", "rope.scaling.original_context_length"},
     "qwen2moe": {"expert_shared_feed_forward_length"},
     "qwen35": _QWEN35,

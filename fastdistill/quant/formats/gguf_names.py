@@ -64,6 +64,22 @@ _QWEN35 = (
         "ssm_dt.bias": "linear_attn.dt_bias",
     }
 )
+# LFM2: short convolutions in most layers.
+_LFM2 = {
+    **{f"attn_{x}.weight": f"self_attn.{x}_proj.weight" for x in "qkv"},
+    **{f"attn_{x}_norm.weight": f"self_attn.{x}_layernorm.weight" for x in "qk"},
+    "attn_output.weight": "self_attn.out_proj.weight",
+    "attn_norm.weight": "operator_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+    "ffn_gate.weight": "feed_forward.w1.weight",
+    "ffn_up.weight": "feed_forward.w3.weight",
+    "ffn_down.weight": "feed_forward.w2.weight",
+    **{
+        f"shortconv.{module}.{part}": f"conv.{module}.{part}"
+        for module in ("conv", "in_proj", "out_proj")
+        for part in _WB
+    },
+}
 # gpt-oss has a bias everywhere, and stacks the biases of its experts, too.
 _GPT_OSS = {
     **{f"attn_{x}.{part}": f"self_attn.{x}_proj.{part}" for x in "qkv" for part in _WB},
@@ -125,6 +141,12 @@ FAMILIES = {
     "minimax-m2": Family(
         "minimax_m2",
         _EXPERTS | _QK_NORMS | {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+    ),
+    "lfm2": Family(
+        "lfm2",
+        _LFM2,
+        {name: parameter for name, parameter in MODEL.items() if name != "output_norm.weight"}
+        | {"token_embd_norm.weight": "model.embedding_norm.weight"},
     ),
     "gpt-oss": Family("gpt_oss", _GPT_OSS, alternating=True),
     "gemma2": Family("gemma2", _GEMMA, norms_plus_one=True),
