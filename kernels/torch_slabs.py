@@ -31,6 +31,7 @@ SLAB_ROWS = (64, 4096)
 ON_CPU = ("cpu", "meta")  # devices of the compiled kernels; on meta they only allocate
 # The top k costs less per logit in long rows: 8192 logits of 512 tokens at a time.
 ROW_BYTES, ROW_TOKENS = 16 << 20, 512
+SLABS_AT_ONCE = 8  # whose candidates for the top k are sorted together
 
 
 def slabs(head: LMHead, tokens: int) -> Iterator[slice]:
@@ -377,9 +378,10 @@ def _topk_of_block(
             else:
                 answer.add(at.start, u_nv.div_(T) if answer is answers[-1] else u_nv / T)
     for (ids, logprobs, log_tail), answer in zip(out, answers, strict=True):
-        z, lse_rest = answer.z_nk, answer.rest_n
+        z, best_ids = answer.best()
+        lse_rest = answer.rest_n
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
-        ids.copy_(answer.ids_nk)
+        ids.copy_(best_ids)
         logprobs.copy_(z.sub_(lse.unsqueeze(-1)))
         log_rest = log_tail_of(logprobs, lse_rest - lse)
         log_tail.copy_(torch.where(lse_rest < ABSENT, -torch.inf, log_rest))
@@ -388,21 +390,30 @@ def _topk_of_block(
 class _RunningTopK:
     """The k largest z so far and the log-sum-exp of all others.
 
-    Values that a later slab displaces are added to the rest: it is a sum, never a difference.
+    Candidates of several slabs are sorted at once. What others displace is added to the rest: it is
+    a sum, never a difference.
     """
 
     def __init__(self, k: int, like_1n: Tensor) -> None:
-        n, self.k = like_1n.shape[1], k
-        self.z_nk = like_1n.new_empty(n, 0)
-        self.ids_nk = like_1n.new_empty(n, 0, dtype=torch.int64)
-        self.rest_n = like_1n.new_full((n,), -torch.inf)
+        self.k = k
+        self.rest_n = like_1n.new_full((like_1n.shape[1],), -torch.inf)
+        self._candidates: list[tuple[Tensor, Tensor]] = []
 
     def add(self, start: int, z_nv: Tensor) -> None:
         """Add a slab of logits whose first id is `start`."""
         values, ids, rest = row_topk(z_nv, min(self.k, z_nv.shape[1]))
-        all_values = torch.cat([self.z_nk, values], -1)
-        all_ids = torch.cat([self.ids_nk, ids + start], -1)
-        self.z_nk, order = all_values.topk(min(self.k, all_values.shape[1]), -1)
-        self.ids_nk = all_ids.gather(-1, order)
-        dropped = all_values.scatter(-1, order, -torch.inf).logsumexp(-1)
-        self.rest_n = torch.logaddexp(torch.logaddexp(self.rest_n, rest), dropped)
+        self._candidates.append((values, ids + start))
+        self.rest_n = torch.logaddexp(self.rest_n, rest)
+        if len(self._candidates) == SLABS_AT_ONCE:
+            self.best()
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Return the k largest [n, k] by falling value and their ids."""
+        values = torch.cat([z for z, _ in self._candidates], -1)
+        ids = torch.cat([ids for _, ids in self._candidates], -1)
+        z_nk, order = values.topk(min(self.k, values.shape[1]), -1)
+        ids_nk = ids.gather(-1, order)
+        dropped = values.scatter_(-1, order, -torch.inf).logsumexp(-1)
+        self.rest_n = torch.logaddexp(self.rest_n, dropped)
+        self._candidates = [(z_nk, ids_nk)]
+        return z_nk, ids_nk

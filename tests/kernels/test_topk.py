@@ -67,3 +67,16 @@ def test_one_nan_logit_is_not_lost(impl):
     c.weight[777] = torch.nan
     (answer,) = topk_at(c.hidden, LMHead(c.weight), 5, (1.0,), impl)
     assert answer.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("slabs_at_once", [2, 8])
+def test_many_slabs(monkeypatch, slabs_at_once):
+    """The candidates of some slabs are sorted together; what others displace is in the tail."""
+    monkeypatch.setattr("fastdistill.kernels.torch_slabs.SLAB_ROWS", (16, 48))  # 21 slabs
+    monkeypatch.setattr("fastdistill.kernels.torch_slabs.SLABS_AT_ONCE", slabs_at_once)
+    c = case(torch.float64, V=V, N=3)
+    (answer,) = topk_at(c.hidden, LMHead(c.weight), 40, (1.0,), "torch")
+    (truth,) = topk_at(c.hidden, LMHead(c.weight), 40, (1.0,), "reference")
+    assert (answer.ids == truth.ids).all()
+    assert_close(answer.logprobs, truth.logprobs, 1e-12)
+    assert_close(answer.log_tail, truth.log_tail, 1e-12)
