@@ -78,6 +78,8 @@ class Divergence(NamedTuple):
     outside: float | None
     constant: float = 0.0  # × (1 − Σp): added if the teacher's masses do not sum to 1
     on_ids: float = 0.0  # × (p − q): added on the K ids
+    # φ and ψ, with common terms computed once; None if they have none that take time.
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def floor_of(dtype: torch.dtype) -> float:
@@ -228,7 +230,14 @@ def _lk_mix(w: Tensor) -> Divergence:
     def psi(lp: Tensor, lq: Tensor) -> Tensor:
         return (1 - w) * _overlap_psi(lp, lq) - w * lp.exp()
 
-    return Divergence(phi, psi, 0.0)
+    def both(lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+        p, q, gap = lp.exp(), lq.exp(), lp - lq
+        tv = (p - q).abs_().mul_(0.5 * (1 - w))
+        overlap = torch.sign(gap).mul_(-0.5).sub_(0.5).mul_(q).mul_(1 - w)
+        p *= w
+        return gap.mul_(p).add_(tv), overlap.sub_(p)
+
+    return Divergence(phi, psi, 0.0, both=both)
 
 
 def _log_mix(lp: Tensor, lq: Tensor, on_p: float) -> Tensor:
@@ -246,7 +255,12 @@ def _jsd(beta: float) -> Divergence:
         # The derivatives through m cancel: −β p (1−β) q / m − (1−β)² q² / m + (1−β) q = 0.
         return (1 - beta) * lq.exp() * (lq - _log_mix(lp, lq, beta))
 
-    return Divergence(phi, psi, -(1 - beta) * math.log1p(-beta))
+    def both(lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+        lm = _log_mix(lp, lq, beta)
+        of_q = lq.exp().mul_(lq - lm).mul_(1 - beta)
+        return lp.exp().mul_(lp - lm).mul_(beta).add_(of_q), of_q
+
+    return Divergence(phi, psi, -(1 - beta) * math.log1p(-beta), both=both)
 
 
 def _skew_forward(skew: float) -> Divergence:

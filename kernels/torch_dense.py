@@ -40,12 +40,18 @@ def dense_sums(
     total = torch.zeros_like(lse_n)
     rows = V if callable(options.divergence) else 4096
     for at in vocabulary_slabs(head, rows):
-        lq = (u_Vn[at] / T).sub_(lse_n)
-        lp = (psi_Vn[at] / T).sub_(teacher_lse_n).clamp_(min=floor)
+        u, teacher_u = (u_Vn[at], psi_Vn[at]) if T == 1.0 else (u_Vn[at] / T, psi_Vn[at] / T)
+        lq = u - lse_n
+        lp = (teacher_u - teacher_lse_n).clamp_(min=floor)
         if isinstance(options.divergence, str):
             rule = resolve(options.divergence, options.beta, options.skew, w_n)
-            D += rule.phi(lp, lq).sum(0)
-            psi = rule.psi(lp, lq) if grad else None
+            psi: Tensor | None = None
+            if grad and rule.both is not None:
+                phi, psi = rule.both(lp, lq)
+            else:
+                phi = rule.phi(lp, lq)
+                psi = rule.psi(lp, lq) if grad else None
+            D += phi.sum(0)
         else:
             psi = None
             with torch.enable_grad():

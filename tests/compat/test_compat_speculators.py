@@ -92,6 +92,18 @@ def test_nla_has_the_floor_of_speculators():
     assert (present(z.grad) == 0).all()
 
 
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_the_verifier_gets_no_gradient(implementation):
+    hidden, weight, verifier, verifier_weight = leaves(*scene())
+    for name in NAMES:
+        ((loss_fn, _),) = losses.resolve_loss_config(name, implementation).values()
+        targets = losses.HeadLogits(verifier, verifier_weight)
+        loss_fn(losses.HeadLogits(hidden, weight), targets).sum().backward()
+    assert verifier.grad is None
+    assert verifier_weight.grad is None
+    assert present(hidden.grad).norm() > 0
+
+
 def test_refusals():
     wide = torch.zeros(1, 2, 9000)
     with pytest.raises(ValueError, match=r"logits: expected HeadLogits, or logits of at most 8192"):

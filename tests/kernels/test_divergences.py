@@ -28,6 +28,17 @@ def test_psi_is_the_derivative_of_phi(name, beta, skew):
     torch.testing.assert_close(rule.psi(p.log(), lq).detach(), psi)
 
 
+@pytest.mark.parametrize("name", ["jsd", "lk_mix"])
+def test_both_at_once_are_phi_and_psi(name):
+    p, q = distributions()
+    lp, lq = p.log(), torch.where(torch.arange(11) < 3, p, q).log()  # equal at some outcomes
+    rule = resolve(name, 0.3, 0.1, torch.linspace(0, 1, 4)[:, None].double())
+    assert rule.both is not None
+    torch.testing.assert_close(
+        rule.both(lp.clone(), lq.clone()), (rule.phi(lp, lq), rule.psi(lp, lq))
+    )
+
+
 HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": lambda p, q: (p * (p / q).log()).sum(-1),
     "reverse_kl": lambda p, q: (q * (q / p).log()).sum(-1),
