@@ -88,12 +88,14 @@ def prompt_row(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Row:
     return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
 
 
-def answer_prompts(teacher: Teacher, questions: list[str], path: Path, n: int) -> list[Answer]:
+def answer_prompts(
+    teacher: Teacher, questions: list[str], path: Path, n: int, at_once: int = PROMPTS_AT_ONCE
+) -> list[Answer]:
     """Return n sampled answers of the teacher, to one prompt after the other, stored at `path`.
 
     They are samples at temperature 1 from the whole vocabulary, at most ANSWER tokens long, so that
-    the cross entropy of their tokens and KL(teacher ‖ student) have the same minimum. A file of
-    an earlier call is read instead.
+    the cross entropy of their tokens and KL(teacher ‖ student) have the same minimum. `at_once`
+    prompts are a batch. A file of an earlier call is read instead.
     """
     if path.is_file():
         stored = JsonLines(path)
@@ -103,7 +105,7 @@ def answer_prompts(teacher: Teacher, questions: list[str], path: Path, n: int) -
     config = DistillConfig(str(path.parent), max_new_tokens=ANSWER, use_cpu=True, report_to=[])
     answers: list[Answer] = []
     wanted = [questions[i % len(questions)] for i in range(n)]
-    batches = [wanted[i : i + PROMPTS_AT_ONCE] for i in range(0, n, PROMPTS_AT_ONCE)]
+    batches = [wanted[i : i + at_once] for i in range(0, n, at_once)]
     for step, batch in enumerate(track(batches, "the teacher's answers")):
         rows = [prompt_row(tokenizer, prompt) for prompt in batch]
         sampled = sample(
