@@ -94,9 +94,10 @@ def test_a_name_without_its_extra_says_what_to_install(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     matches = [re.fullmatch(SENTENCE, line) for line in done.stdout.splitlines()]
     assert None not in matches, done.stdout
-    cache = {"CacheError", "OpenAISampler", "ServedTeacher", "TeacherCache"}
+    cache = {"CacheError", "OpenAISampler", "ServedTeacher", "TeacherCache", "VLLMHiddenStates"}
     train = {"DistillConfig", "DistillTrainer", "FidelityReport", "Teacher", "load_teacher"}
-    train |= {"RoutedTeacher", "SelfTeacher", "save_quantized", "DistillationTrainer", "GKDTrainer"}
+    train |= {"RoutedTeacher", "SelfTeacher", "MappedTeacher", "TokenMap", "save_quantized"}
+    train |= {"DistillationTrainer", "GKDTrainer"}
     assert {match[1]: match[2] for match in matches if match} == {
         **dict.fromkeys(cache, "cache"),
         **dict.fromkeys(train, "train"),
