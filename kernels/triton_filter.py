@@ -22,7 +22,8 @@ from torch import Tensor
 from .gpu_launch import launch
 from .triton_common import INTERPRETED, round_to
 
-FILTER_TILE = {"BN": 128, "BV": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
+# BM = BK: dW reads the tiles of dz transposed.
+FILTER_TILE = {"BM": 128, "BK": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -49,115 +50,66 @@ def mark_live(
 
 
 @triton.jit
-def filtered_hidden(
+def filtered_product(
     p_dz,
-    p_w,
+    p_b,
     p_order,
     p_count,
-    p_dx,
-    n,
-    v,
+    p_out,
+    m,
+    k,
     H,
-    ld_dz,
-    ld_w,
-    n_col_tiles,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
+    ld_m,
+    ld_k,
+    ld_b,
+    ld_out,
+    n_tiles,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """dX = Σ dz_tile W_tile over the live tiles of each block of rows.
+    """out = or (ADD) += Σ dz_tile b_tile over the live tiles of each block of rows of dz.
 
     Args:
-        p_dz: [n, v], row stride ld_dz. p_w: [v, H], row stride ld_w.
-        p_order: int32 [⌈n / BN⌉, n_col_tiles], live column tiles first. p_count: int32 [⌈n / BN⌉],
-            how many are live.
-        p_dx: fp32 [n, H], contiguous, the result.
+        p_dz: [m, k], dz or its transpose; ld_m and ld_k are its strides. p_b: [k, H], row stride
+            ld_b.
+        p_order: int32 [⌈m / BM⌉, n_tiles], live tiles of k first. p_count: int32 [⌈m / BM⌉], how
+            many are live.
+        p_out: [m, H], row stride ld_out; summed in fp32 and rounded once.
 
-    Program (i, j) owns a tile [BN, BH] of dX and walks the live tiles of its rows.
+    Program (i, j) owns a tile [BM, BH] of out and walks the live tiles of its rows.
     """
     i_row = tl.program_id(0)
-    o_rows = i_row * BN + tl.arange(0, BN)
+    o_m = i_row * BM + tl.arange(0, BM)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    p_rows = p_dz + o_rows.to(tl.int64)[:, None] * ld_dz
-    b_acc = tl.zeros([BN, BH], tl.float32)
+    p_rows = p_dz + o_m.to(tl.int64)[:, None] * ld_m
+    b_acc = tl.zeros([BM, BH], tl.float32)
     for i_tile in range(tl.load(p_count + i_row)):
-        o_cols = tl.load(p_order + i_row * n_col_tiles + i_tile) * BV + tl.arange(0, BV)
+        o_k = (tl.load(p_order + i_row * n_tiles + i_tile) * BK + tl.arange(0, BK)).to(tl.int64)
         b_dz = tl.load(
-            p_rows + o_cols[None, :], mask=(o_rows < n)[:, None] & (o_cols < v)[None, :], other=0.0
+            p_rows + o_k[None, :] * ld_k, mask=(o_m < m)[:, None] & (o_k < k)[None, :], other=0.0
         )
-        b_w = tl.load(
-            p_w + o_cols.to(tl.int64)[:, None] * ld_w + o_h[None, :],
-            mask=(o_cols < v)[:, None] & (o_h < H)[None, :],
+        b_b = tl.load(
+            p_b + o_k[:, None] * ld_b + o_h[None, :],
+            mask=(o_k < k)[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
         if INTERPRETED:
             b_dz = b_dz.to(tl.float32)
-            b_w = b_w.to(tl.float32)
-        b_acc = tl.dot(b_dz, b_w, b_acc)
-    p_out = p_dx + o_rows.to(tl.int64)[:, None] * H + o_h[None, :]
-    tl.store(p_out, b_acc, mask=(o_rows < n)[:, None] & (o_h < H)[None, :])
-
-
-@triton.jit
-def filtered_weight(
-    p_dz,
-    p_x,
-    p_order,
-    p_count,
-    p_dw,
-    n,
-    v,
-    H,
-    ld_dz,
-    ld_x,
-    ld_dw,
-    n_row_tiles,
-    FIRST: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BH: tl.constexpr,
-):
-    """dW = (FIRST) or += Σ dz_tileᵀ X_tile over the live tiles of each block of columns.
-
-    Args:
-        p_dz: [n, v], row stride ld_dz. p_x: [n, H] hidden states, row stride ld_x.
-        p_order: int32 [⌈v / BV⌉, n_row_tiles], live row tiles first. p_count: int32 [⌈v / BV⌉],
-            how many are live.
-        p_dw: [v, H], row stride ld_dw; summed in fp32 and rounded once.
-
-    Program (j, k) owns a tile [BV, BH] of dW and walks the live tiles of its columns.
-    """
-    i_col = tl.program_id(0)
-    o_cols = i_col * BV + tl.arange(0, BV)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    b_acc = tl.zeros([BV, BH], tl.float32)
-    for i_tile in range(tl.load(p_count + i_col)):
-        o_rows = tl.load(p_order + i_col * n_row_tiles + i_tile) * BN + tl.arange(0, BN)
-        b_dz = tl.load(
-            p_dz + o_rows.to(tl.int64)[:, None] * ld_dz + o_cols[None, :],
-            mask=(o_rows < n)[:, None] & (o_cols < v)[None, :],
-            other=0.0,
-        )
-        b_x = tl.load(
-            p_x + o_rows.to(tl.int64)[:, None] * ld_x + o_h[None, :],
-            mask=(o_rows < n)[:, None] & (o_h < H)[None, :],
-            other=0.0,
-        )
-        if INTERPRETED:
-            b_dz = b_dz.to(tl.float32)
-            b_x = b_x.to(tl.float32)
-        b_acc = tl.dot(b_dz.T, b_x, b_acc)
-    p_out = p_dw + o_cols.to(tl.int64)[:, None] * ld_dw + o_h[None, :]
-    m_out = (o_cols < v)[:, None] & (o_h < H)[None, :]
-    if not FIRST:
-        b_acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(p_out, round_to(b_acc, p_dw.dtype.element_ty), mask=m_out)
+            b_b = b_b.to(tl.float32)
+        b_acc = tl.dot(b_dz, b_b, b_acc)
+    p_tile = p_out + o_m.to(tl.int64)[:, None] * ld_out + o_h[None, :]
+    m_tile = (o_m < m)[:, None] & (o_h < H)[None, :]
+    if ADD:
+        b_acc += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(p_tile, round_to(b_acc, p_out.dtype.element_ty), mask=m_tile)
 
 
 def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
     """int32 [n / 128, v / 128]: 1 for tiles with some |dz| ≥ threshold (0-dim)."""
     n, v = dz_nv.shape
-    grid = (triton.cdiv(n, FILTER_TILE["BN"]), triton.cdiv(v, FILTER_TILE["BV"]))
+    grid = (triton.cdiv(n, FILTER_TILE["BM"]), triton.cdiv(v, FILTER_TILE["BK"]))
     live = torch.zeros(grid, dtype=torch.int32, device=dz_nv.device)
     launch(
         "triton_filter:mark_live",
@@ -170,42 +122,17 @@ def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
         v=v,
         ld_dz=dz_nv.stride(0),
         n_col_tiles=grid[1],
-        BN=FILTER_TILE["BN"],
-        BV=FILTER_TILE["BV"],
+        BN=FILTER_TILE["BM"],
+        BV=FILTER_TILE["BK"],
         num_warps=FILTER_TILE["num_warps"],
     )
     return live
 
 
-def _sort_tiles(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of flags: columns in rising order, live ones first, and how many are live."""
-    order = torch.sort(live, dim=1, descending=True, stable=True).indices
-    return order.to(torch.int32).contiguous(), live.sum(1, dtype=torch.int32)
-
-
 def hidden_product(dz_nv: Tensor, weight_vH: Tensor, live: Tensor) -> Tensor:
     """dz W over the live tiles, fp32 [n, H]."""
-    (n, v), H = dz_nv.shape, weight_vH.shape[1]
-    order, count = _sort_tiles(live)
-    dx = dz_nv.new_empty(n, H, dtype=torch.float32)
-    BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
-    launch(
-        "triton_filter:filtered_hidden",
-        (live.shape[0], triton.cdiv(H, BH)),
-        dz_nv,
-        p_dz=dz_nv,
-        p_w=weight_vH,
-        p_order=order,
-        p_count=count,
-        p_dx=dx,
-        n=n,
-        v=v,
-        H=H,
-        ld_dz=dz_nv.stride(0),
-        ld_w=weight_vH.stride(0),
-        n_col_tiles=live.shape[1],
-        **FILTER_TILE | {"BH": BH},
-    )
+    dx = dz_nv.new_empty(len(dz_nv), weight_vH.shape[1], dtype=torch.float32)
+    _multiply(dz_nv, weight_vH, live, dx, add=False)
     return dx
 
 
@@ -213,25 +140,31 @@ def add_weight_product(
     dz_nv: Tensor, hidden_nH: Tensor, live: Tensor, dw_vH: Tensor, first: bool
 ) -> None:
     """dw = (first) or += dzᵀ X over the live tiles, summed in fp32 and rounded once."""
-    (n, v), H = dz_nv.shape, hidden_nH.shape[1]
-    order, count = _sort_tiles(live.t())
+    _multiply(dz_nv.t(), hidden_nH, live.t(), dw_vH, add=not first)
+
+
+def _multiply(dz_mk: Tensor, b_kH: Tensor, live: Tensor, out_mH: Tensor, *, add: bool) -> None:
+    """Launch filtered_product. A stable sort puts the live tiles first, in rising order."""
+    order = torch.sort(live, dim=1, descending=True, stable=True).indices
+    (m, k), H = dz_mk.shape, b_kH.shape[1]
     BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
     launch(
-        "triton_filter:filtered_weight",
-        (live.shape[1], triton.cdiv(H, BH)),
-        dz_nv,
-        p_dz=dz_nv,
-        p_x=hidden_nH,
-        p_order=order,
-        p_count=count,
-        p_dw=dw_vH,
-        n=n,
-        v=v,
+        "triton_filter:filtered_product",
+        (live.shape[0], triton.cdiv(H, BH)),
+        dz_mk,
+        p_dz=dz_mk,
+        p_b=b_kH,
+        p_order=order.to(torch.int32).contiguous(),
+        p_count=live.sum(1, dtype=torch.int32),
+        p_out=out_mH,
+        m=m,
+        k=k,
         H=H,
-        ld_dz=dz_nv.stride(0),
-        ld_x=hidden_nH.stride(0),
-        ld_dw=dw_vH.stride(0),
-        n_row_tiles=live.shape[0],
-        FIRST=first,
+        ld_m=dz_mk.stride(0),
+        ld_k=dz_mk.stride(1),
+        ld_b=b_kH.stride(0),
+        ld_out=out_mH.stride(0),
+        n_tiles=live.shape[1],
+        ADD=add,
         **FILTER_TILE | {"BH": BH},
     )

@@ -16,14 +16,13 @@ from helpers.aot import exceeds, recorded, table, with_table
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, CUDA programming guide
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-GEMMS = ("filtered_hidden", "filtered_weight")
+GEMMS = ("filtered_product",)
 # What the machine code of every variant has on an H200. At least so many loads and stores of 16
 # bytes, at most so many barriers, and matrix instructions of at least so many columns.
 FACTS = {
     "expand": {"barriers": 1},
     "finish_topk": {"barriers": 15},
-    "filtered_hidden": {"loads": 32, "stores": 16, "barriers": 6, "columns": 128},
-    "filtered_weight": {"loads": 32, "stores": 8, "barriers": 10, "columns": 128},
+    "filtered_product": {"loads": 32, "stores": 8, "barriers": 10, "columns": 128},
     "gather_rows": {"barriers": 7},
     "grad_divergence": {"loads": 4, "stores": 1, "barriers": 1},
     "grad_rows": {"loads": 4, "stores": 2, "barriers": 2},

@@ -22,7 +22,7 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(filtering, "live_tiles", recorded)
     if not torch.cuda.is_available():
-        tile = {"BN": 16, "BV": 16, "BH": 16, "num_warps": 4, "num_stages": 2}
+        tile = {"BM": 16, "BK": 16, "BH": 16, "num_warps": 4, "num_stages": 2}
         monkeypatch.setattr(filtering, "FILTER_TILE", tile)
     return seen
 
