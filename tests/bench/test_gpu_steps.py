@@ -62,7 +62,7 @@ def test_what_compiles_for_minutes_comes_last():
     compile_s = sum(
         count * gpu_steps.SECONDS_PER_VARIANT[group] for group, count in gpu_steps.VARIANTS.items()
     )
-    assert of("all")["kernel checks"].seconds > 2 * compile_s
+    assert of("all")["kernel checks"].seconds > 1.5 * compile_s
 
 
 def test_the_sanitizer_sees_each_tensor_and_a_kernel_that_exists():

@@ -2,7 +2,6 @@
 
     python tests/helpers/host_path.py                       all checks of kernels, JSON on stdout
     python tests/helpers/host_path.py filtered quantized    only these checks or groups
-    python tests/helpers/host_path.py --quick               losses in bfloat16 only
     python tests/helpers/host_path.py --time                µs of one launch of each loss kernel
 
 helpers/stub_cuda.c is in the place of the CUDA driver: kernels are compiled for sm_90, launched by
@@ -188,7 +187,7 @@ class Launches:
         return run
 
 
-def groups(quick: bool) -> dict[str, list[Any]]:
+def groups() -> dict[str, list[Any]]:
     """The checks of each group as functions that only launch."""
     tolerances = without_assertions("helpers.tolerances")
     tolerances.relative = tolerances.assert_close = lambda *args: 0.0
@@ -199,10 +198,6 @@ def groups(quick: bool) -> dict[str, list[Any]]:
     losses.gradients = lambda c, teacher, dtype, impl, **options: (
         zeros if impl == "reference" else gradients(c, teacher, dtype, impl, **options)
     )
-    if quick:
-        losses.DTYPES = (torch.bfloat16,)
-        slow = (losses.near_convergence, losses.every_option_at_once)
-        losses.CHECKS = [c for c in losses.CHECKS if c not in slow]
     quantized = without_assertions("helpers.gpu_quant_checks")
     on_cpu = quantized.every_compute_against_fp64  # its layers multiply as on a CPU
 
@@ -263,11 +258,11 @@ def launch_microseconds(rounds: int = 40, calls: int = 200) -> dict[str, float]:
         return best
 
 
-def main(names: set[str], *, quick: bool = False) -> dict[str, Any]:
+def main(names: set[str]) -> dict[str, Any]:
     """Run checks and groups by name, all of them by default, and return their counts."""
     with over_the_stub() as stub:
         counts = {}
-        for group, checks in groups(quick).items():
+        for group, checks in groups().items():
             chosen = [c for c in checks if not names or {group, c.__name__} & names]
             if chosen:
                 counts[group] = count(chosen, stub)
@@ -302,4 +297,4 @@ if __name__ == "__main__":
         for kernel, microseconds in launch_microseconds().items():
             print(f"{kernel:34} {microseconds:6.1f} µs")
         sys.exit()
-    print(json.dumps(main(words - {"--quick"}, quick="--quick" in words), indent=1))
+    print(json.dumps(main(words), indent=1))
