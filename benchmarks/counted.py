@@ -150,20 +150,21 @@ class _Recorder(TorchDispatchMode):
     def _event(self, function: Any, args: Any, kwargs: Any, out: Any) -> Event:
         full_name = str(function)
         name = full_name.rpartition(".")[0]
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = {k: v for k, v in kwargs.items() if k != "out"}
+        tensors = [t for t in tree_leaves((args, read)) if isinstance(t, Tensor)]
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if name in ("aten.mm", "aten.addmm"):
             left, right = tensors[-2:]
             moved = sum(map(bytes_of, tensors))
             return _gemm(left, right, moved, bytes_of(results[0]))
-        overwritten = [
-            t
+        changed = [
+            value
             for argument, value in zip(function._schema.arguments, args, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
-            for t in tree_leaves(value)
-            if isinstance(t, Tensor)
         ]
-        known = {t.untyped_storage()._cdata for t in tensors}
+        leaves = tree_leaves((changed, kwargs.get("out")))
+        overwritten = [t for t in leaves if isinstance(t, Tensor)]
+        known = {t.untyped_storage()._cdata for t in (*tensors, *overwritten)}
         fresh = [t for t in results if t.untyped_storage()._cdata not in known]
         written = sum(map(bytes_of, (*overwritten, *fresh)))
         is_free = written == 0 or (not overwritten and name.startswith(FREE))
