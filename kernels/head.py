@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .token_loss import ABSENT, NEG
 
 # Least and most bytes of the logits of a chunk; a GPU gives at most this share of its memory, which
-# is less than the most for GPUs below 64 GiB.
+# is less than the most for GPUs below 64 GiB. _few_chunks takes more where that saves memory.
 CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
 SHARE_OF_GPU = 1 / 64
 TILE_TOKENS = 128  # of the library's products on a GPU
@@ -245,8 +247,23 @@ def vocabulary_slabs(head: LMHead, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, head.vocab_size))
 
 
+_planned_gpu: ContextVar[float] = ContextVar("_planned_gpu", default=math.inf)
+
+
+@contextmanager
+def on_planned_gpu(memory: float) -> Iterator[None]:
+    """Context in which tensors on meta stand for tensors on a GPU with so many bytes of memory."""
+    token = _planned_gpu.set(memory)
+    try:
+        yield
+    finally:
+        _planned_gpu.reset(token)
+
+
 def gpu_memory(weight: Tensor) -> float:
-    """Return the bytes of memory of the weight's GPU; ∞ for a tensor on CPU or meta."""
+    """Return the bytes of memory of the weight's GPU, or of the planned one; ∞ on a CPU."""
+    if weight.is_meta:
+        return _planned_gpu.get()
     if not weight.is_cuda:
         return math.inf
     return float(torch.cuda.get_device_properties(weight.device).total_memory)
@@ -274,11 +291,14 @@ def chunk_tokens(
     The logits of a chunk plus the weight gradient stay below SHARE_OF_MATERIALIZED of three fp32
     [N, V], within CHUNK_BYTES and within SHARE_OF_GPU of the memory of its GPU. A chunk has enough
     tokens that reading W does not dominate. Two chunks are preferred if they fit: a bfloat16 dW
-    then needs no fp32 accumulator.
+    then needs no fp32 accumulator. On a GPU so are CARRIED_CHUNKS larger ones (`_few_chunks`).
     """
     device_type = device_type or head.weight.device.type
     fitting = _fitting_tokens(head, tokens, weight_grad, device_type)
-    return whole_tiles(fitting, tokens, device_type)
+    chunk = whole_tiles(fitting, tokens, device_type)
+    if device_type == "cpu" or not weight_grad:
+        return chunk
+    return _few_chunks(head, tokens, chunk, head.vocab_size, device_type)
 
 
 def _fitting_tokens(head: LMHead, tokens: int, weight_grad: bool, device_type: str) -> int:
@@ -319,11 +339,27 @@ def dense_chunk_tokens(
     device_type = device_type or head.weight.device.type
     chunk = max(1, _fitting_tokens(head, tokens, weight_grad, device_type) // 2)
     chunk = whole_tiles(chunk, tokens, device_type)
+    if not weight_grad:
+        return chunk
+    return _few_chunks(head, tokens, chunk, 2 * head.vocab_size, device_type)
+
+
+def _few_chunks(
+    head: LMHead, tokens: int, chunk: int, logits_per_token: int, device_type: str
+) -> int:
+    """Return the tokens of CARRIED_CHUNKS chunks if they need no more memory; else `chunk`.
+
+    dW is then summed in bfloat16. Otherwise its fp32 sum is in memory together with the logits, and
+    later together with the rounded dW.
+    """
     few = -(-tokens // CARRIED_CHUNKS.get(device_type, 4))
-    saved = head.weight.numel() * (head.dtype.itemsize - head.weight.element_size())
-    fits = chunk + saved // (2 * head.vocab_size * head.dtype.itemsize)
-    carried = weight_grad and dw_type(head, tokens, few, device_type) != head.dtype
-    return few if carried and chunk < few <= fits else chunk
+    if few <= chunk or dw_type(head, tokens, few, device_type) == head.dtype:
+        return chunk
+    row = logits_per_token * head.dtype.itemsize
+    rounded = head.weight.nbytes
+    summed = head.weight.numel() * head.dtype.itemsize
+    later = 0 if device_type == "cpu" else rounded
+    return few if few * row + rounded <= summed + max(chunk * row, later) else chunk
 
 
 def sums_in_16_bits(dtype: torch.dtype) -> bool:
@@ -334,18 +370,28 @@ def sums_in_16_bits(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def grad_scale_of(*grads: Tensor | None, top_bits: int = 7) -> Tensor:
+def grad_scale_of(
+    *grads: Tensor | None, top_bits: int = 7, carried: Tensor | None = None
+) -> Tensor:
     """A 0-dim power of two that scales the largest |value| to (2^(top_bits − 1), 2^top_bits].
 
     float16 ranges from 6e-8 to 65504. Most of a softmax over a vocabulary, divided by the number of
     tokens, lies below. Gradients are linear in `grads`: they are multiplied by the scale before
     they are rounded to float16, and the fp32 product is divided by it. The scale is 1 if all values
     are zero or one is not finite.
+
+    carried: the scale of a sum to which products are added. It is returned where it scales the
+    largest |value| to (2^(top_bits − 4), 2^(top_bits + 2)], or where no value is usable.
     """
     sizes = [torch.linalg.vector_norm(g, torch.inf) for g in grads if g is not None and g.numel()]
     top = torch.stack(sizes).amax() if len(sizes) > 1 else sizes[0]
     grad_scale = torch.exp2(top_bits - torch.ceil(torch.log2(top.clamp(min=2.0**-60))))
-    return torch.where((top > 0) & top.isfinite(), grad_scale, 1.0)
+    usable = (top > 0) & top.isfinite()
+    if carried is None:
+        return torch.where(usable, grad_scale, 1.0)
+    scaled = top * carried
+    changes = usable & ((scaled <= 2.0 ** (top_bits - 4)) | (scaled > 2.0 ** (top_bits + 2)))
+    return torch.where(changes, grad_scale, carried)
 
 
 class ScaledGrad(NamedTuple):
@@ -355,21 +401,28 @@ class ScaledGrad(NamedTuple):
     grad_scale: Tensor
 
 
-def round_scaled(wide: Tensor | None, like: Tensor) -> ScaledGrad:
-    """Round a complete sum to the type of `like`.
+def round_scaled(wide: Tensor | None, like: Tensor, carried: Tensor | None = None) -> ScaledGrad:
+    """Round a complete sum, which carries a scale (1 if None), to the type of `like`.
 
     For float16 the largest entry is scaled to 2^15, since the upstream factor is not known yet;
     `wide` is overwritten.
     """
-    if wide is None or like.dtype != torch.float16 or not wide.numel():
-        value = None if wide is None else wide.to(like.dtype)
+    if carried is None:
         scale_type = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return ScaledGrad(value, like.new_ones((), dtype=scale_type))
+        carried = like.new_ones((), dtype=scale_type)
+    if wide is None or like.dtype != torch.float16 or not wide.numel():
+        return ScaledGrad(None if wide is None else wide.to(like.dtype), carried)
     grad_scale = grad_scale_of(wide, top_bits=15)
-    return ScaledGrad(wide.mul_(grad_scale).to(like.dtype), grad_scale)
+    if wide.is_cuda:  # one pass; on a CPU it would need a second fp32 tensor
+        value = torch.mul(wide, grad_scale, out=torch.empty_like(wide, dtype=like.dtype))
+    else:
+        value = wide.mul_(grad_scale).to(like.dtype)
+    return ScaledGrad(value, grad_scale * carried)
 
 
-def scaled_grads(head: LMHead, grads: Stats) -> tuple[Stats, Tensor | None]:
+def scaled_grads(
+    head: LMHead, grads: Stats, carried: Tensor | None = None
+) -> tuple[Stats, Tensor | None]:
     """(grads · scale, scale) such that dz fits float16; (grads, None) for other types.
 
     z_ids holds d(W x) of distinct slots; elsewhere |dz| is at most |g_rest| + |g_base| +
@@ -378,10 +431,9 @@ def scaled_grads(head: LMHead, grads: Stats) -> tuple[Stats, Tensor | None]:
     if head.weight.dtype != torch.float16:
         return grads, None
     on_z, on_u = head.logit_scale / head.temperature, head.logit_scale
-    factors = (1.0, on_z, on_z, on_u)
-    grad_scale = grad_scale_of(
-        *(None if t is None else t * f for t, f in zip(grads, factors, strict=True))
-    )
+    others = zip(grads[1:], (on_z, on_z, on_u), strict=True)
+    sizes = (None if t is None else t * f for t, f in others)
+    grad_scale = grad_scale_of(grads.z_ids, *sizes, carried=carried)
     return Stats._make(None if t is None else t * grad_scale for t in grads), grad_scale
 
 

@@ -70,6 +70,7 @@ def planned(run: Run, folder: Path) -> Plan:
         teacher,
         settings=Settings(seq=run.seq, batch=run.batch, dtype=run.dtype, **run.options),
         device=DEVICE,
+        gpu=torch.cuda.get_device_properties(0).total_memory if ON_GPU else None,
     )
 
 

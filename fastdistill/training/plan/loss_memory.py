@@ -8,6 +8,9 @@ over the vocabulary takes four slabs (`vocabulary_slabs`). All tokens have label
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from ...kernels import dense_loss, lse_gather, topk_loss
 from ...kernels import topk as topk_kernel
 from ...kernels.backends import get_backend
 from ...kernels.engines import Backend
-from ...kernels.head import LMHead, Stats, needed
+from ...kernels.head import LMHead, Stats, needed, on_planned_gpu
 from ...kernels.token_loss import (
     Gathered,
     LossOptions,
@@ -39,7 +42,7 @@ _OPTIONS = LossOptions()
 
 
 class HeadShape(NamedTuple):
-    """Shape, dtype and device of an output head."""
+    """Shape, dtype and device of an output head; kernels on a GPU choose chunks by its memory."""
 
     V: int
     H: int
@@ -47,6 +50,7 @@ class HeadShape(NamedTuple):
     device: str  # "cpu" or "cuda"
     trained: bool = True  # whether the loss computes its gradient
     packed: bool = False  # a QuantizedMatrix
+    gpu_memory: float = math.inf  # bytes
 
     def operands(self, N: int) -> tuple[LMHead, Tensor]:
         """Return the head and N hidden states, without data."""
@@ -56,6 +60,12 @@ class HeadShape(NamedTuple):
             codes = Int8Weight(shape=(self.V, self.H), block=self.H, qdata=qdata, scale=scale)
             weight = QuantizedMatrix(codes, self.dtype)
         return LMHead(weight), weight.new_empty(N, self.H)
+
+    @contextmanager
+    def counted(self, *tensors: Tensor) -> Iterator[LiveMemory]:
+        """Context that counts what operations allocate beyond `tensors` on this device."""
+        with on_planned_gpu(self.gpu_memory), LiveMemory(*tensors) as memory:
+            yield memory
 
     @property
     def backend(self) -> Backend:
@@ -88,7 +98,7 @@ class SupportMemory(NamedTuple):
 def fused(shape: HeadShape, N: int, k: int) -> LossMemory:
     """Return the memory of the fused loss of N tokens with k answers each."""
     (head, x), answers = shape.operands(N), _Answers.empty(N, k)
-    with LiveMemory(head.weight, x, *answers) as memory, torch.no_grad():
+    with shape.counted(head.weight, x, *answers) as memory, torch.no_grad():
         ids, teacher = answers.slots()
         out = topk_loss.fused(
             shape.backend,
@@ -111,7 +121,7 @@ def fused(shape: HeadShape, N: int, k: int) -> LossMemory:
 def recomputed(shape: HeadShape, N: int, k: int) -> LossMemory:
     """Return the memory of the loss that recomputes the logits in its backward pass."""
     (head, x), answers = shape.operands(N), _Answers.empty(N, k)
-    with LiveMemory(head.weight, x, *answers) as memory:
+    with shape.counted(head.weight, x, *answers) as memory:
         ids, teacher = answers.slots()
         with torch.no_grad():
             stats = lse_gather.lse_gather(shape.backend, head, x, ids, moment=True, base=False)
@@ -137,7 +147,7 @@ def dense(shape: HeadShape, teacher_shape: HeadShape, N: int) -> LossMemory:
     """Return the memory of the loss of N tokens with the whole vocabulary of a teacher."""
     (head, x), (teacher, y) = shape.operands(N), teacher_shape.operands(N)
     coef = _empty(N)
-    with LiveMemory(head.weight, x, teacher.weight, y, coef) as memory, torch.no_grad():
+    with shape.counted(head.weight, x, teacher.weight, y, coef) as memory, torch.no_grad():
         out = dense_loss.dense(
             shape.backend,
             head,
@@ -156,7 +166,7 @@ def dense(shape: HeadShape, teacher_shape: HeadShape, N: int) -> LossMemory:
 def topk(shape: HeadShape, N: int, k: int) -> int:
     """Return the memory of a top k of N tokens, with the answers."""
     head, x = shape.operands(N)
-    with LiveMemory(head.weight, x) as memory, torch.no_grad():
+    with shape.counted(head.weight, x) as memory, torch.no_grad():
         topk_kernel.topk(shape.backend, head, x, k, (1.0,))
     peak: int = memory.peak
     return peak
@@ -178,7 +188,7 @@ def on_support(
         lse = lse_of(stats.z_ids, stats.lse_rest, ids >= 0)
         return answers_of(ids, SelectedLogits(stats.z_ids, stats.lse_rest, None, lse), 1.0)
 
-    with LiveMemory(head.weight, x, teacher.weight, y) as memory, torch.no_grad():
+    with shape.counted(head.weight, x, teacher.weight, y) as memory, torch.no_grad():
         answers = answers_on(
             support,
             teacher_topk=lambda: best(teacher_shape, teacher, y),

@@ -39,7 +39,8 @@ def stored_dtype(config: Any, otherwise: str = "float32") -> str:
 class Planner:
     """Plans with two configurations on one device; runs every pass once without data.
 
-    `card`: bytes of GPU memory; its free part limits the rows of a teacher's pass (BatchedForward).
+    `card`: bytes of GPU memory; it limits the chunks of the loss, and its free part the rows of a
+    teacher's pass (BatchedForward).
     `packed`: the quantized teacher as it is stored, of load_shapes, or None.
     """
 
@@ -58,6 +59,9 @@ class Planner:
         """Return the teacher that the run holds: as stored, or as loaded before teacher_quant."""
         is_packed = self.packed is not None and settings.teacher_quant is None
         return self.packed if is_packed else self.teacher
+
+    def head_shape(self, model: Any) -> head.HeadShape:
+        return head_shape(model, self.device, self.card)
 
     @functools.cache  # noqa: B019  a planner lives as long as one plan
     def student(self, dtype: str | None, lora_rank: int | None) -> Any:
@@ -135,9 +139,9 @@ class Planner:
     @functools.cache  # noqa: B019
     def _step(self, settings: Settings) -> Step:
         model = self.student(settings.dtype, settings.lora_rank)
-        shape, N = head_shape(model, self.device), settings.batch * (settings.seq - 1)
+        shape, N = self.head_shape(model), settings.batch * (settings.seq - 1)
         if settings.k is None:
-            work = head.dense(shape, head_shape(self.teacher_of(settings), self.device), N)
+            work = head.dense(shape, self.head_shape(self.teacher_of(settings)), N)
         else:
             run = head.recomputed if settings.backward == "recompute" else head.fused
             # Without a teacher, the loss has one empty slot in place of answers.
@@ -145,7 +149,7 @@ class Planner:
             if settings.support == "teacher":
                 work = run(shape, N, topk_size)
             else:
-                of_teacher = head_shape(self.teacher_of(settings), self.device)
+                of_teacher = self.head_shape(self.teacher_of(settings))
                 support = head.on_support(shape, of_teacher, N, topk_size, settings.support)
                 work = _after(
                     support, run(shape, N, support.slots), N * shape.H * shape.dtype.itemsize
@@ -165,7 +169,7 @@ class Planner:
     def teacher_pass(self, settings: Settings, held: int) -> int:
         """Return the peak of a teacher's pass: layers, or hidden states and head, of its rows."""
         teacher = self.teacher_of(settings)
-        shape = head_shape(teacher, self.device)
+        shape = self.head_shape(teacher)
         hidden_bytes = shape.H * shape.dtype.itemsize
         tokens = self._tokens_in_pass(hidden_bytes, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
@@ -197,7 +201,7 @@ class Planner:
             return N * (_ID + _LOGPROB)
         if settings.stored_topk is not None:
             return N * settings.stored_topk * (_ID + _LOGPROB)
-        shape = head_shape(self.teacher, self.device)
+        shape = self.head_shape(self.teacher)
         return N * shape.H * shape.dtype.itemsize
 
 

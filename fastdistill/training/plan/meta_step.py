@@ -6,6 +6,7 @@ memory of loss_memory.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +45,14 @@ class TeacherPass:
     hidden: int
 
 
-def head_shape(model: Any, device: str) -> HeadShape:
+def head_shape(model: Any, device: str, card: int | None) -> HeadShape:
+    """Return the shape of a model's head on a device; card: bytes of the GPU, None if unknown."""
     weight = head_module(without_adapters(model)).weight
     assert isinstance(weight, Tensor)
     V, H = weight.shape
     packed = isinstance(weight, QuantizedMatrix)
-    return HeadShape(V, H, weight.dtype, device, weight.requires_grad, packed)
+    memory = math.inf if card is None or device == "cpu" else card
+    return HeadShape(V, H, weight.dtype, device, weight.requires_grad, packed, memory)
 
 
 def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str) -> Step:

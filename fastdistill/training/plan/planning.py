@@ -36,7 +36,8 @@ def plan_memory(
             loaded. Without those headers (a config.json alone, a hub that is out of reach) it is
             counted as in full precision, without teacher_quant; the plan says so.
         settings: of the run.
-        gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal.
+        gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal, and
+            the loss takes the chunks of a GPU of 64 GiB or more.
         tokens: tokens of the dataset, for the size of a cache and the time of one epoch.
         throughput: measured tokens per second. Without it, no time is estimated.
         device: "cuda", or "cpu" for a run without a GPU.

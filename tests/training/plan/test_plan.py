@@ -1,6 +1,7 @@
 """plan_memory: what it takes and refuses, and what it counts without weights."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,8 +18,15 @@ from fastdistill.quant import quantize_model
 from fastdistill.quant.schemes import SCHEMES
 from fastdistill.training.plan import Settings, plan_memory
 from fastdistill.training.plan import meta_memory as tracking
+from fastdistill.training.plan.memory import Planner
 from fastdistill.training.plan.optimisers import optimizer_memory
-from fastdistill.training.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
+from fastdistill.training.plan.shapes import (
+    bytes_of,
+    config_of,
+    empty_model,
+    quantized_size,
+    shapes_of,
+)
 from fastdistill.training.plan.sizes import read_bytes
 
 SMALL = {
@@ -132,6 +140,13 @@ def test_optimisers_keep_what_they_say():
     assert optimizer_memory("adamw_torch", p, "cuda").scratch == 2 * 5100
     assert optimizer_memory("adamw_8bit", p, "cuda").state == 2 * (5000 + 20 * 4 + 400)
     assert optimizer_memory("sgd", p, "cuda") == (0, 0)
+
+
+def test_the_loss_takes_the_chunks_of_the_gpu(models):
+    config = config_of("student", models / "small")
+    planners = [Planner(config, None, device, 8 * 10**9) for device in ("cuda", "cpu")]
+    shapes = [planner.head_shape(planner.student(None, None)) for planner in planners]
+    assert [shape.gpu_memory for shape in shapes] == [8e9, math.inf]
 
 
 def test_cache_and_time(models):

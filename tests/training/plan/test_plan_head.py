@@ -45,6 +45,18 @@ def test_four_slabs_use_the_memory_of_all(name, device, monkeypatch):
     assert rehearsed == [RUNS[name](*shape) for shape in shapes]
 
 
+@pytest.mark.parametrize("name", ["fused", "dense", "topk"])
+def test_a_gpu_of_8_gib_has_chunks_of_an_eighth(name):
+    """64 GiB and more have the largest chunks, whose logits are nearly all of this memory."""
+    small, large = (
+        RUNS[name](HeadShape(128256, 64, torch.bfloat16, "cuda", gpu_memory=gib << 30), 32768)
+        for gib in (8, 64)
+    )
+    if name != "topk":
+        small, large = small.forward, large.forward
+    assert small < large / 4
+
+
 def measured(name: str, dtype: torch.dtype, N: int, H: int, V: int) -> float:
     """Bytes that the public function adds at its peak on a CPU, gradients included."""
     x, w = torch.randn(N, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
