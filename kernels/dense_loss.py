@@ -100,6 +100,7 @@ def dense(
     size = min(chunk, N)
     buffers = backend.new_logits_buffer(head, size), backend.new_logits_buffer(teacher_head, size)
     no_ids = hidden_NH.new_empty(N, 0, dtype=torch.int64)
+    carried = None  # the scale of dw and db: float16 sums carry one until they are complete
     for at in blocks(N, chunk):
         x_nH, none = hidden_NH[at], no_ids[at]
         scanned = backend.scan(head, x_nH, none, base=True, buffer=buffers[0])
@@ -140,7 +141,7 @@ def dense(
         on_D = coef * options.on_divergence
         if of.on_psi is not None:
             on_D = on_D * of.on_psi
-        backend.dense_grads(
+        carried = backend.dense_grads(
             head,
             teacher_head,
             x_nH,
@@ -162,13 +163,15 @@ def dense(
             dx=None if dx_NH is None else dx_NH[at],
             dw=dw,
             db=db,
+            carried=carried,
         )
     del buffers
     if dw is not None:
         dw[head.vocab_size :] = 0
-    dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
+    # dW first: its fp32 sum is free before dX is rounded.
+    dw, on_dw = round_scaled(dw, head.weight, carried)
     dx, on_dx = round_scaled(dx_NH, hidden_NH if ranks is None else coef_N)
-    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
+    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias, carried)
     grad_scale = torch.stack([on_dx, on_dw, on_db])
     return DenseLoss((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)
 

@@ -23,8 +23,8 @@ from .gpu_launch import (
     next_power_of_2,
     product,
     scalars,
-    sums_at_scale,
 )
+from .gpu_rows import move_to_scale
 from .gpu_slabs import logits_view
 from .head import DenseRows, LMHead, blocks, grad_scale_of
 from .token_loss import LossOptions
@@ -151,13 +151,14 @@ def dense_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
-) -> None:
-    """Add the gradients of one chunk."""
+    carried: Tensor | None = None,
+) -> Tensor | None:
+    """Add the gradients of one chunk; return the scale of dw and db, as gpu_slabs.chunk_grads."""
     n, low = len(hidden_nH), head.weight.dtype
     raw, teacher_raw = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab_size]
     is_named = isinstance(options.divergence, str)
-    rows, grad_scale = _scaled_rows(head, rows, None if is_named else teacher_raw)
+    rows, grad_scale = _scaled_rows(head, rows, None if is_named else teacher_raw, carried)
     _launch(
         "triton_dense:grad_divergence",
         head,
@@ -179,22 +180,25 @@ def dense_grads(
     )
     db = None if db is None else db[: head.vocab_size]
     dw = None if dw is None else dw[: head.vocab_size]
-    with sums_at_scale(grad_scale, first, dx, dw, db):
-        if db is not None:
-            db += dz.sum(0, dtype=db.dtype)
-        if dw is not None:
-            add_product(dz.t(), hidden_nH, dw, first)
-        if dx is not None:
-            product(dz, head.weight[: head.vocab_size], dx)
+    move_to_scale(grad_scale, carried, dw, db)
+    if db is not None:
+        db += dz.sum(0, dtype=db.dtype)
+    if dw is not None:
+        add_product(dz.t(), hidden_nH, dw, first)
+    if dx is not None:
+        product(dz, head.weight[: head.vocab_size], dx)
+        if grad_scale is not None:
+            dx.div_(grad_scale)
+    return grad_scale
 
 
 def _scaled_rows(
-    head: LMHead, rows: DenseRows, psi_nV: Tensor | None
+    head: LMHead, rows: DenseRows, psi_nV: Tensor | None, carried: Tensor | None
 ) -> tuple[DenseRows, Tensor | None]:
     """(rows · scale, scale) such that dz fits float16; (rows, None) for other types.
 
-    |ψ| of a named divergence is at most 90, since log p ≥ −88: the scale leaves room for that. ψ of
-    a callable is measured, and that of "overlap" is at most α.
+    |ψ| of a named divergence is at most 90, since log p ≥ −88: a scale to at most 2⁹ leaves room
+    for that. ψ of a callable is measured, and that of "overlap" is at most α.
     """
     if head.weight.dtype != torch.float16:
         return rows, None
@@ -203,7 +207,8 @@ def _scaled_rows(
     if psi_nV is not None:
         on_psi = on_psi * torch.linalg.vector_norm(psi_nV, torch.inf, dim=1)
     factors = ((on_psi, on_z), (rows.on_q, on_z), (rows.on_lse, on_u), (rows.on_ce, on_u))
-    grad_scale = grad_scale_of(*(None if t is None else t * f for t, f in factors))
+    sizes = (None if t is None else t * f for t, f in factors)
+    grad_scale = grad_scale_of(*sizes, carried=carried)
     scaled_up = rows._replace(
         on_D=rows.on_D * grad_scale,
         on_q=rows.on_q * grad_scale,

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import pkgutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,24 +65,6 @@ def mixture(options: LossOptions) -> dict[str, float]:
         "log_w": math.log(w) if w > 0.0 else NEG,
         "log_rest": math.log1p(-w) if w < 1.0 else NEG,
     }
-
-
-@contextmanager
-def sums_at_scale(
-    grad_scale: Tensor | None, first: bool, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> Iterator[None]:
-    """Context in which products of a scaled dz are written to dX and added to dW and db.
-
-    On entry the sums are multiplied by `grad_scale`, on exit they and dX are divided by it.
-    """
-    sums = [t for t in (dw, db) if t is not None]
-    if grad_scale is not None and not first:
-        for t in sums:
-            t.mul_(grad_scale)
-    yield
-    if grad_scale is not None:
-        for t in sums if dx is None else [dx, *sums]:
-            t.div_(grad_scale)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -178,3 +178,12 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
         **SCALE_TILE,
     )
     return grad
+
+
+def move_to_scale(grad_scale: Tensor | None, carried: Tensor | None, *sums: Tensor | None) -> None:
+    """Bring sums that carry one scale to another; None for both, or a first scale, does nothing."""
+    if grad_scale is not None and carried is not None:
+        factor = grad_scale / carried
+        for t in sums:
+            if t is not None:
+                scale_(t, factor)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import gpu_gather
-from .gpu_launch import add_product, product, sums_at_scale
-from .gpu_rows import Running, grad_rows
+from .gpu_launch import add_product, product
+from .gpu_rows import Running, grad_rows, move_to_scale
 from .gpu_token_loss import merge_slots
 from .head import (
     LMHead,
@@ -128,25 +128,30 @@ def chunk_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    carried: Tensor | None = None,
     filter_threshold: Tensor | None = None,
-) -> None:
-    """Turn the stored logits of a chunk into dz and add its gradients.
+) -> Tensor | None:
+    """Turn the stored logits of a chunk into dz, add its gradients, return the scale of dw and db.
 
     ids are distinct, and grads.z_ids is d(W x) of the slots.
     dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`. Both
-    products skip tiles whose |dz| is below filter_threshold (0-dim, optional).
+    products skip tiles whose |dz| is below filter_threshold (0-dim, optional). `carried` is the
+    scale of dw and db so far, which is what the last chunk returned: None unless W is float16.
     """
-    upstream, grad_scale = scaled_grads(head, grads)
+    upstream, grad_scale = scaled_grads(head, grads, carried)
     if filter_threshold is not None and grad_scale is not None:
         filter_threshold = filter_threshold * grad_scale
     if dw is not None:
         dw = dw[: head.vocab_size]
     if db is not None:
         db = db[: head.vocab_size]
-    with sums_at_scale(grad_scale, first, dx, dw, db):
-        _add_grads(
-            head, hidden_nH, ids_nS, stats, upstream, buffer, first, dx, dw, db, filter_threshold
-        )
+    move_to_scale(grad_scale, carried, dw, db)
+    _add_grads(
+        head, hidden_nH, ids_nS, stats, upstream, buffer, first, dx, dw, db, filter_threshold
+    )
+    if grad_scale is not None and dx is not None:
+        dx.div_(grad_scale)
+    return grad_scale
 
 
 def _add_grads(
@@ -255,7 +260,7 @@ def recompute(
             if sum_db is not None:
                 sum_db[at] += dz.sum(0, dtype=wide)
         if dw is not None and dw_part is not None and wide_dw is not None:
-            dw[at] = dw_part if grad_scale is None else dw_part.div_(grad_scale)
+            torch.div(dw_part, 1.0 if grad_scale is None else grad_scale, out=dw[at])
     db = None
     if sum_db is not None and head.bias is not None:
         db = (sum_db if grad_scale is None else sum_db / grad_scale).to(head.bias.dtype)

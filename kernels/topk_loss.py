@@ -103,6 +103,7 @@ def fused(
         token_loss = torch_token_loss if options.is_combined else backend.token_loss
     buffer = backend.new_logits_buffer(head, min(chunk, N)) if grad else None
     row_parts, entropy_parts = [], []
+    carried = None  # the scale of dw and db: float16 sums carry one until they are complete
     for i, at in enumerate(blocks(N, chunk)):
         ids, coef = ids_NS[at], coef_N[at]
         label = None if label_N is None else label_N[at]
@@ -127,7 +128,7 @@ def fused(
             entropy_parts.append(part.entropy)
         if part.grads is not None:
             part_dx = None if dx is None else dx[at]
-            backend.chunk_grads(
+            carried = backend.chunk_grads(
                 head,
                 hidden_NH[at],
                 ids,
@@ -138,14 +139,16 @@ def fused(
                 dx=part_dx,
                 dw=dw,
                 db=db,
+                carried=carried,
                 **skip,
             )
     del buffer  # before dW is rounded: its copy can reuse the memory
     if dw is not None:
         dw[head.vocab_size :] = 0
-    dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
+    # dW first: its fp32 sum is free before dX is rounded.
+    dw, on_dw = round_scaled(dw, head.weight, carried)
     dx, on_dx = round_scaled(dx, hidden_NH if combine is None else coef_N)
-    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
+    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias, carried)
     rows = TokenLosses._make(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )

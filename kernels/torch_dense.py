@@ -81,8 +81,9 @@ def dense_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    carried: None = None,
 ) -> None:
-    """Add the gradients of one chunk."""
+    """Add the gradients of one chunk; dw and db carry no scale here."""
     n = hidden_nH.shape[0]
     T = head.temperature
     matmul = Matmul(head, hidden_nH)

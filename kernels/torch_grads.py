@@ -32,11 +32,13 @@ def chunk_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    carried: None = None,
 ) -> None:
     """Turn the stored logits of a chunk into dz, slab by slab, and add its gradients.
 
     grads.z_ids is d(W x) of the slots, 0 in empty ones.
-    dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`.
+    dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`. They
+    carry no scale here.
     """
     n, low = hidden_nH.shape[0], head.weight.dtype
     buffer_V1n = logits_view(head, buffer, n)

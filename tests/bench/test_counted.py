@@ -101,15 +101,16 @@ def test_columns_of_a_slab_without_gradients(vocab, hidden, tokens, columns):
     ("memory_gib", "vocab", "tokens", "chunk", "dense_chunk"),
     [
         (141, 128256, 8192, 2048, 2048),
-        (141, 262208, 8192, 896, 464),  # 928 would end with a tile of 32 tokens
-        (141, 151936, 8192, 1664, 768),
         (141, 151936, 6640, 1664, 1660),  # one more chunk would sum dW in fp32
-        (24, 128256, 8192, 768, 384),
-        (4, 128256, 8192, 128, 64),
+        (141, 151936, 8192, 2048, 2048),  # 1664 tokens take 1.0 GB and an fp32 dW of 2.5 GB
+        (141, 262208, 32768, 1023, 511),  # as many as 1 GiB has
+        (24, 128256, 32768, 768, 384),
+        (4, 128256, 32768, 128, 65),
+        (4, 128256, 8192, 2048, 2048),
     ],
 )
 def test_the_chunks_of_a_gpu(memory_gib, vocab, tokens, chunk, dense_chunk):
-    """A smaller GPU has smaller chunks; a last tile that is at most half full is left out."""
+    """Chunks of 1/64 of the memory, or four chunks, if a 16-bit dW needs less memory with them."""
     with on_gpu(replace(H200, memory=memory_gib << 30)):
         head = LMHead(torch.empty(vocab, 4096, dtype=torch.bfloat16, device="cuda"))
         assert chunk_tokens(head, tokens, True) == chunk
