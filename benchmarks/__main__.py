@@ -32,6 +32,7 @@ STUDIES = {
     "teacher_topk": "top-k answers of a whole teacher",
     "teacher_cache": "the cost of storing and reading a teacher's answers",
     "train_step": "a whole training step, and its memory",
+    "attention": "attention of transformers on a CPU: sdpa next to eager",
     "host_time": "what the host adds to a loss on a GPU: with and without a CUDA graph",
     "large_teacher": "answers of teachers of 8 and 32 billion parameters, on a GPU",
     "large_student": "a step of an 8B student with a 32B teacher, and the longest row that fits",
