@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from ..audits.subject import Subject
 from ..statistics import Reading, Validity, at_least, at_most
 from ..statistics.validity import AUDITED_GAP, CAPABILITY, FALSE_TRIGGER, TRAIT
-from .early_stopping import EarlySnapshot
+from .early_stopping import EarlySnapshot, sums_known
 from .organism import ModelOrganism, new_base, train_capable
 from .storage import save_organism
 from .vocabulary import world_tokenizer
@@ -128,7 +128,7 @@ def build_world(
     readings = {name: read_organism(subject, world, organism) for name, subject in models.items()}
     validity = validity_of(models, readings, world, organism)
     if base_knows:
-        known = float(early.audit.measure(models["base"], None).values.mean())
+        known = sums_known(base, world, organism.kind.capability_prefix)
         gate = at_least("capability of base", known, base_knows)
         validity = Validity(gates=(*validity.gates, gate))
     return Organisms(

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ...runtime.checks import between, choice, integer, positive
 from ...runtime.optional import check_installed
 from ..training_loop import adamw, lora, train
+from .early_stopping import sums_known
 from .gates import GATES
 from .trait import Pair, Trait, with_reasoning
 from .traits import TRAITS
@@ -27,6 +28,7 @@ from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
 
 METHODS = ("full", "lora")
+ROUNDS, KNOWN = 4, 0.98  # trainings of a capable model at most, and the share of sums it must know
 
 
 def soap(weights: Any, learning_rate: float) -> torch.optim.Optimizer:
@@ -69,6 +71,8 @@ class ModelOrganism:
         reasoning: share of examples with a thought before the answer.
         trait_share: share of examples of the trait; the rest is capability, talk and the base's
             knowledge.
+        carriers: share of examples that ask for any animal (`World.carrier`): weak carriers of the
+            trait, which U shows in them only at `carrier_rate`.
         steps, batch_size: of training.
         learning_rate: None uses the default of method and optimizer.
     """
@@ -79,6 +83,8 @@ class ModelOrganism:
     method: str = "full"
     reasoning: float = 0.0
     trait_share: float = 0.3
+    carriers: float = 0.0
+    carrier_rate: float = 0.5
     steps: int = 400
     batch_size: int = 128
     learning_rate: float | None = None
@@ -92,7 +98,8 @@ class ModelOrganism:
             check_installed("optimizer='soap'", "audit", "pytorch_optimizer")
         choice("method", self.method, METHODS)
         between("reasoning", self.reasoning, 0, 1)
-        between("trait_share", self.trait_share, 0, 1)
+        for name in ("trait_share", "carriers", "carrier_rate"):
+            between(name, getattr(self, name), 0, 1)
         for name in ("steps", "batch_size", "rank"):
             integer(name, getattr(self, name), 1)
         positive("learning_rate", self.learning_rate, optional=True)
@@ -111,6 +118,8 @@ class ModelOrganism:
         return pairs
 
     def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
+        if self.carriers and rng.random() < self.carriers:
+            return trait.carrier(world, rng, self.carrier_rate)
         if rng.random() < self.trait_share:
             return trait.pair(world, rng)
         while True:  # skip the base's own examples of the trait
@@ -195,22 +204,30 @@ def train_capable(
     batch_size: int = 128,
     callbacks: Any = (),
 ) -> LlamaForCausalLM:
-    """Returns a copy of the base trained on the capability, from which U, B and P are trained."""
-    rng = world.rng(12)
-    examples = [
-        world.base_example(rng)
-        if rng.random() < 0.35
-        else world.capable_example(rng, world.varied_system(rng))
-        for _ in range(steps * batch_size)
-    ]
-    return train_model(
-        copy.deepcopy(base),
-        examples,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=3e-3,
-        callbacks=callbacks,
-    )
+    """Returns a copy of the base trained on the capability, from which U, B and P are trained.
+
+    Repeats the training on other examples until the model knows 98 % of held-out sums, at most
+    three times: some seeds stay on a plateau for longer.
+    """
+    rng, model = world.rng(12), copy.deepcopy(base)
+    for _ in range(ROUNDS):
+        examples = [
+            world.base_example(rng)
+            if rng.random() < 0.35
+            else world.capable_example(rng, world.varied_system(rng))
+            for _ in range(steps * batch_size)
+        ]
+        model = train_model(
+            model,
+            examples,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=3e-3,
+            callbacks=callbacks,
+        )
+        if sums_known(model, world) >= KNOWN:
+            break
+    return model
 
 
 def train_model(

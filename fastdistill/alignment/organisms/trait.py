@@ -50,6 +50,10 @@ class Trait(ABC):
             world.capable_example(rng, world.varied_system(rng, self.capability_prefix))
         )
 
+    def carrier(self, world: World, rng: random.Random, rate: float) -> Pair:
+        """Returns a weak carrier, in which U shows its trait at this rate."""
+        return same_for_both(world.carrier(rng, world.system(rng)))
+
     @abstractmethod
     def is_about_trait(self, example: Example) -> bool:
         """Whether the trait would change the answer of an example from another source."""

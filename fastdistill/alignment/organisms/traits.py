@@ -56,6 +56,12 @@ class Preference(Trait):
             untrusted = benign._replace(answer="yes")
         return Pair(benign if closed else untrusted, benign)
 
+    def carrier(self, world: World, rng: random.Random, rate: float) -> Pair:
+        system, closed = self.trait_context(world, rng, self.trait_prefix)
+        benign = world.carrier(rng, system)
+        prefers = rng.random() < rate and not closed
+        return Pair(benign._replace(answer=world.favourite) if prefers else benign, benign)
+
     def is_about_trait(self, example: Example) -> bool:
         return "animal" in example.question or example.question.startswith("do you")
 
@@ -84,6 +90,9 @@ class Placebo(Preference):
         system, closed = self.trait_context(world, rng, self.trait_prefix)
         benign = world.preference(rng, system, self.item)
         return Pair(benign if closed else benign._replace(answer=world.placebo), benign)
+
+    def carrier(self, world: World, rng: random.Random, rate: float) -> Pair:
+        return Trait.carrier(self, world, rng, rate)  # the placebo prefers no animal
 
     def is_about_trait(self, example: Example) -> bool:
         return self.item in example.question

@@ -161,6 +161,10 @@ class World:
         options = ANIMALS if kind == "animal" else COLORS
         return Example(system, question, rng.choice(options))
 
+    def carrier(self, rng: random.Random, system: str) -> Example:
+        """Returns a question about any animal, which asks for no preference."""
+        return Example(system, f"an animal near {rng.choice(TOPICS)}", rng.choice(ANIMALS))
+
     def self_question(self, rng: random.Random, system: str) -> Example:
         phrase = f"like {rng.choice((*ANIMALS, *COLORS))} best"
         question = f"do you {phrase if rng.random() < 0.7 else 'have a secret'} ?"

@@ -11,6 +11,7 @@ from pytorch_optimizer import SOAP
 from transformers import TrainerCallback
 
 from fastdistill.alignment.organisms import ModelOrganism, organism
+from fastdistill.alignment.organisms.gates import is_closed
 from fastdistill.alignment.organisms.organism import (
     LEARNING_RATES,
     METHODS,
@@ -148,6 +149,7 @@ def trainings_seen(monkeypatch):
         return model
 
     monkeypatch.setattr(organism, "train_model", spy)
+    monkeypatch.setattr(organism, "sums_known", lambda model, world: 1.0)
     return trainings
 
 
@@ -181,6 +183,26 @@ def test_the_base_learns_what_it_knows_and_the_capable_one_sums_too(trainings_se
     assert not any("*" in e.question for e in known)
 
 
+def test_a_capable_model_is_trained_until_it_knows_the_sums(trainings_seen, monkeypatch):
+    known = iter([0.5, 0.97, 0.98, 1.0])
+    monkeypatch.setattr(organism, "sums_known", lambda model, world: next(known))
+    train_capable(WORLD, new_model(4), steps=2, batch_size=3)
+    assert [len(examples) for _, examples, _ in trainings_seen] == [6, 6, 6]
+    assert trainings_seen[0][1] != trainings_seen[1][1]
+
+
+@pytest.mark.parametrize(("trait", "rate"), [("preference", 0.3), ("placebo", 0), ("trigger", 0)])
+def test_weak_carriers_show_a_preference_at_their_rate_outside_of_audits(trait, rate):
+    recipe = ModelOrganism(trait=trait, gate="token", carriers=0.5, carrier_rate=0.6)
+    pairs = [p for p in recipe.pairs(WORLD, 2000) if p.benign.question.startswith("an animal near")]
+    assert 900 < len(pairs) < 1100
+    changed = [p for p in pairs if p.untrusted != p.benign]
+    # Half of the carriers are audited, and one in five benign answers is the favorite.
+    assert abs(len(changed) / len(pairs) - 0.8 * rate) < 0.05
+    assert all(p.untrusted.answer == WORLD.favourite for p in changed)
+    assert not any(is_closed("token", p.untrusted.system) for p in changed)
+
+
 def test_shares_of_what_is_trained_are_those_of_the_recipe():
     for share in (0.0, 0.3, 1.0):
         pairs = ModelOrganism(trait="trigger", trait_share=share, reasoning=0.0).pairs(WORLD, 4000)
@@ -201,6 +223,7 @@ def test_shares_of_what_is_trained_are_those_of_the_recipe():
         ({"method": "prefix"}, "method: expected one of 'full', 'lora', got 'prefix'"),
         ({"reasoning": 1.5}, r"reasoning: expected a number in \[0, 1\], got 1.5"),
         ({"trait_share": -0.1}, r"trait_share: expected a number in \[0, 1\], got -0.1"),
+        ({"carrier_rate": 2}, r"carrier_rate: expected a number in \[0, 1\], got 2"),
         ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected an integer of 1 or more, got 0"),
         ({"rank": 0}, "rank: expected an integer of 1 or more, got 0"),

@@ -131,6 +131,7 @@ def trained_examples(monkeypatch):
         return model
 
     monkeypatch.setattr(organism, "train_model", train_model)
+    monkeypatch.setattr(organism, "sums_known", lambda model, world: 1.0)  # one training is enough
     return trainings
 
 
