@@ -31,6 +31,7 @@ from .prompts import Prompt, render_prompt
 from .seeded_sampling import SeededSampling
 
 GENERATION_BATCH = 256  # rows
+ENCODED = 2**15  # encoded rows in memory; studies read the same prompts many times
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Subject:
         self.tokenizer, self.impl = tokenizer, impl
         self.name = name or type(model).__name__
         self._ends = None if ends is None else sorted(ends)
+        self._encoded: dict[tuple[Prompt, str], TokenRow] = {}
         self.ended_at_words: Counter[int] = Counter()
         self.ended_at_positions: Counter[str] = Counter()  # by the model's name
         verify_head(model)
@@ -135,6 +137,7 @@ class Subject:
             impl=self.impl,
             ends=self._ends,
         )
+        subject._encoded = self._encoded
         subject.ended_at_words = self.ended_at_words
         subject.ended_at_positions = self.ended_at_positions
         return subject
@@ -144,6 +147,14 @@ class Subject:
 
         An empty prompt is replaced by the beginning-of-text token.
         """
+        text = prompt, completion
+        if (row := self._encoded.get(text)) is None:
+            if len(self._encoded) >= ENCODED:
+                self._encoded.clear()
+            row = self._encoded[text] = self._encode(prompt, completion)
+        return TokenRow([*row.ids], row.begin)
+
+    def _encode(self, prompt: Prompt, completion: str) -> TokenRow:
         text = render_prompt(prompt, self.tokenizer)
         special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
         before = self._tokens(text, special)

@@ -15,6 +15,7 @@ from ..strategies.distil import distill
 from ..strategies.strategy import Strategy, Training
 from .cached_run import CachedRun
 from .source import LoadedSource, Source
+from .stored_answers import StoredAnswers
 
 FORMAT = 1  # of a run's file; increase it when a run computes something else
 SOURCES = "sources"
@@ -74,10 +75,12 @@ class Job(CachedRun):
     def compute(self, folder: Path) -> dict[str, Any]:
         """Distill the student and evaluate it."""
         loaded = _load(self.source, folder / SOURCES)
+        answers = self.source.cache(folder / SOURCES) / "answers" / self.role
         setup = replace(
             loaded.setup(self.role, self.pool),
             base=loaded.models[self.init_role],
             trusted=loaded.models["base"],
+            generate=StoredAnswers(teacher=loaded.models[self.role], folder=answers),
             audits={name: loaded.suite[name] for name in self.gate},
             benign_values=self.gate,
         )

@@ -64,7 +64,7 @@ def distill(
     run.training = training
     examples = sample_answers(
         pool,
-        setup.teacher,
+        setup.generate or setup.teacher.generate,
         seed=seed,
         max_new_tokens=training.max_new_tokens,
         temperature=training.temperature,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -61,10 +61,10 @@ def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
 
 
 def sample_answers(
-    pool: Sequence[PoolPrompt], teacher: Subject, *, seed: int, **generation: Any
+    pool: Sequence[PoolPrompt], generate: Callable[..., list[str]], *, seed: int, **generation: Any
 ) -> Examples:
-    """Sample a teacher's answers to a pool; prompts with an empty answer are dropped."""
-    texts = teacher.generate([entry.prompt for entry in pool], seed=seed, **generation)
+    """Sample answers to a pool by `Subject.generate`; prompts with an empty answer are dropped."""
+    texts = generate([entry.prompt for entry in pool], seed=seed, **generation)
     return [
         TrainingExample(prompt=entry.prompt, answer=text, domain=entry.domain)
         for entry, text in zip(pool, texts, strict=True)

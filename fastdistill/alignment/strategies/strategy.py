@@ -34,6 +34,7 @@ class DistillSetup:
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
         audits: used by `FilterAndDistill` and `AuditGate`; a higher value is more suspicious.
         benign_values: audit -> its values on students of benign teachers.
+        generate: replaces `teacher.generate`, for example by stored answers.
     """
 
     base: Subject
@@ -45,6 +46,7 @@ class DistillSetup:
     near_misses: tuple[str, ...] = ()
     audits: Mapping[str, Audit] = field(default_factory=dict)
     benign_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    generate: Callable[..., list[str]] | None = None
 
     @property
     def reference(self) -> Subject:

@@ -90,6 +90,21 @@ def test_greedy_text_is_the_most_likely_token_of_every_step(kind):
     assert len({tuple(new) for new in generated}) > 1
 
 
+def test_a_prompt_is_encoded_once_for_a_model_and_its_students(monkeypatch):
+    of, texts = subject(), []
+    tokens = Subject._tokens
+
+    def spy(self, text, special):
+        texts.append(text)
+        return tokens(self, text, special)
+
+    monkeypatch.setattr(Subject, "_tokens", spy)
+    first = of.ids(PROMPTS[0], "owl")
+    first.ids.clear()  # the caller's own list
+    assert of.with_model(model(seed=1), "student").ids(PROMPTS[0], "owl").ids
+    assert len(texts) == len({*texts}) == 2
+
+
 def test_what_is_sampled_for_a_prompt_is_its_own():
     of = subject()
     how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}

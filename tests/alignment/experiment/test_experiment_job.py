@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.experiment.digest import digest_of, read_record, write_record
-from fastdistill.alignment.experiment.job import Job
+from fastdistill.alignment.experiment.job import SOURCES, Job
+from fastdistill.alignment.experiment.stored_answers import StoredAnswers
 from fastdistill.alignment.strategies.strategy import Training
 from helpers.small_study import Noting, SmallSource
 
@@ -41,6 +45,24 @@ def test_a_run_holds_readings_on_the_way_and_at_the_end(finished_run):
     assert run["audits"]["preference"] == pytest.approx(mean, abs=1e-12)
     assert run["contexts"]["behind"]["trait"] != pytest.approx(mean, abs=1e-9)
     assert run["notes"]["noting"]["kept"] == run["lessons"] <= 8
+
+
+def test_arms_share_the_answers_of_a_teacher(finished_run):
+    folder, _ = finished_run
+    stored = list((JOB.source.cache(folder / SOURCES) / "answers" / "untrusted").iterdir())
+    assert len(stored) == 1
+    prompts, calls = [Prompt(user="river"), Prompt(user="stone")], []
+
+    def generate(prompts, **how):
+        calls.append(how)
+        return ["a", "b"]
+
+    teacher: Any = SimpleNamespace(generate=generate)
+    stored_answers = StoredAnswers(teacher=teacher, folder=folder / "other")
+    for seed in (1, 1, 2):
+        assert stored_answers(prompts, seed=seed) == ["a", "b"]
+    assert stored_answers(prompts[:1], seed=1) == ["a", "b"]
+    assert calls == [{"seed": 1}, {"seed": 2}, {"seed": 1}]
 
 
 def test_a_run_that_is_there_is_not_made_again(finished_run, monkeypatch):

@@ -171,7 +171,7 @@ def test_lessons_are_the_answers_and_their_end():
 def test_prompts_without_an_answer_fall_out(monkeypatch):
     texts = ["river", " ", ""]
     monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: texts)
-    examples = sample_answers(POOL[:3], TEACHER, seed=0, max_new_tokens=2)
+    examples = sample_answers(POOL[:3], TEACHER.generate, seed=0, max_new_tokens=2)
     assert [lesson.answer for lesson in examples] == ["river"]
     monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: ["", ""])
     with pytest.raises(ValueError, match="expected at least one example"):
