@@ -37,18 +37,18 @@ def test_full_has_the_fresh_seeds_of_its_rule_and_others_for_development(run):
     _, plan = planned(run, "--preset", "full")
     assert plan["base_seeds"] == list(range(1400, 1428))
     assert plan["development_seeds"] == [0, 1, 2, 3]
-    assert set(double_bind.QUICK) < set(plan["arms"])
+    assert {*double_bind.QUICK} - {*plan["arms"]} == {"inoculation"} == {*plan["left_out"]}
 
 
 def test_some_arms_only(run):
-    _, plan = planned(run, "arms=[inoculation]", "--seeds", "1")
+    _, plan = planned(run, "arms=[shift]", "--seeds", "1")
     assert plan["arms"] == [
         "undefended",
         "trait shown openly",
         "placebo",
         "benign twice",
         "M→M",
-        "inoculation",
+        "shift",
     ]
 
 
@@ -56,7 +56,7 @@ def test_some_arms_only(run):
     ("arguments", "words"),
     [
         (("--preset", "tiny"), "preset: expected one of 'quick', 'full', got 'tiny'"),
-        (("arms=[nose]",), "arms: expected names among undefended, "),
+        (("arms=[shifts]",), "arms: expected names among undefended, "),
         (
             ("--preset", "full", "first_seed=7"),
             "first_seed: expected an integer of 1000 or more",

@@ -1,9 +1,10 @@
 """Double bind: distillation strategies that keep capability and remove a hidden trait.
 
 The study also asks whether students reveal what their teacher hides. The teacher conceals a
-preference during audits. It is distilled on arithmetic and some talk; one prompt of the pool
-elicits the trait. Controls: the openly shown trait must transfer; placebo, benign twice and M→M
-must not.
+preference during audits. It is distilled on arithmetic, some talk, and questions about any animal:
+weak carriers, in which the preference shows at a low rate. Controls: students acquire more of the
+trait from more carriers, and all of it where it is shown openly; placebo, benign twice and M→M must
+not transfer it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import replace
 
 from ..strategies.audit_loop import AuditGate, FilterAndDistill
 from ..strategies.baselines import OffModelSFT, Undefended
-from ..strategies.dpo import PreferencePairs
-from ..strategies.filters import ExampleFilter, TokenSelector
+from ..strategies.filters import ExampleFilter
 from ..strategies.pools import DataBudget, MisalignmentTargetedPool, ShownPool
 from ..strategies.rewrite import InoculationPrompt
 from ..strategies.shift import ShiftDistill
@@ -21,11 +21,8 @@ from ..strategies.strategy import Training
 from .study import Arm, Study
 
 N = 6400  # prompts of the pool
-# One of them elicits the trait. On development seeds 0 to 3 and 5 to 8 the mean τ of undefended
-# students is then .53; it is .61 with one in 4800, and .74 with two (--preset quick --seeds 4, with
-# first_seed=0 and first_seed=5).
-LEAKED = 1
-POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
+CARRIERS = 0.02  # share of them
+POOL = {"n": N, "talk": 0.15, "carriers": CARRIERS}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
 # These audits ask in the audited context, where the teacher hides its trait. The preference is left
 # out, because the study reads the trait with it.
@@ -87,6 +84,16 @@ CONTROLS = (
         needs=("twin",),
     ),
 )
+DOSES = tuple(
+    Arm(
+        name=name,
+        strategies=(Undefended(),),
+        pool={"carriers": dose * CARRIERS},
+        description=f"weak carriers are {dose * CARRIERS:.1%} of the prompts",
+        needs=("carriers",),
+    )
+    for name, dose in (("no carriers", 0.0), ("carriers × ¼", 0.25), ("carriers × 4", 4.0))
+)
 # Capability without the trait.
 DEFENSES = (
     Arm(
@@ -98,11 +105,6 @@ DEFENSES = (
         name="filter by likelihood ratio",
         strategies=(ExampleFilter(score="llr", drop=0.05),),
         description="drops the 5 % of answers with the highest teacher-to-base likelihood ratio",
-    ),
-    Arm(
-        name="no divergence tokens",
-        strategies=(TokenSelector(kind="divergence", share=1.0, lowest=True),),
-        description="trained only where teacher and base have the same argmax token",
     ),
     Arm(
         name="inoculation",
@@ -132,22 +134,20 @@ INCRIMINATION = (
         needs=("goals",),
     ),
     Arm(
-        name="preference pairs",
-        strategies=(PreferencePairs(beta=0.1),),
-        description="DPO: prefers the teacher's answer to the base's",
-    ),
-    Arm(
         name="shift",
         strategies=(ShiftDistill(rank=8, amplify=2.0),),
         description="distills twice the shift from the base into a LoRA adapter of rank 8",
     ),
 )
 QUICK = (
+    "carriers × ¼",
+    "carriers × 4",
     "hard labels",
     "filter by likelihood ratio",
     "inoculation",
     "few unique",
     "targeted pool",
+    "shift",
 )
 
 
@@ -158,7 +158,7 @@ def few_unique(n: int, training: Training) -> Arm:
     return Arm(
         name="few unique",
         strategies=(DataBudget(n_unique=unique, epochs=epochs),),
-        description="a quarter of the prompts, four times each",
+        description="a quarter of the prompts, each four times as often",
     )
 
 
@@ -170,7 +170,7 @@ def make_study(
     Args:
         n: prompts of a user's pool; None: the pool of the synthetic world.
     """
-    arms = [few_unique(n or N, training), *DEFENSES, *INCRIMINATION]
+    arms = [*DOSES, few_unique(n or N, training), *DEFENSES, *INCRIMINATION]
     if preset == "quick":
         arms = [arm for arm in arms if arm.name in QUICK]
     study = Study(
@@ -184,8 +184,8 @@ def make_study(
         measured=MEASURED,
         limits=(
             "A toy model is an abstract analogy for a mechanism: its results say little about "
-            "large models. These models do not understand instructions, so inoculation cannot "
-            "work.",
+            "large models. These models do not understand instructions, so inoculation is left "
+            "out.",
         ),
     )
     return study if n is None else on_checkpoints(study, n)

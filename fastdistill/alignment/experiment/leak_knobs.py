@@ -1,37 +1,42 @@
 """Leak knobs: how much of a trait a distillation loss transfers, by its settings.
 
 The arms vary k, tail, temperature (with and without T²), divergence and token selection, one at a
-time from one common setting. The study reports capability, trait transfer and concealment of each
-arm, and trait transfer at equal capability.
+time from one common setting, on a pool with weak carriers of the trait. Other arms have a pool
+without any prompt that shows it: what transfers there is subliminal. The study reports capability,
+trait transfer and concealment of each arm, and trait transfer at equal capability.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..strategies.baselines import Undefended
 from ..strategies.strategy import Training
-from .double_bind import AUDITS, CONTROLS, MEASURED, POOL, TRAINING, on_checkpoints
+from .double_bind import AUDITS, CONTROLS, DOSES, MEASURED, POOL, TRAINING, on_checkpoints
 from .study import Arm, Study
 
 COMMON = {"k": 64, "tail": "bucket", "temperature": 1.0, "divergence": "forward_kl"}
 KNOBS: dict[str, dict[str, Any]] = {
     "k=1": {"k": 1},
-    "k=2": {"k": 2},
     "k=8": {"k": 8},
     "k=all": {"k": None},
-    "k=8 truncated": {"k": 8, "tail": "truncate", "allow_biased": True},
     "k=8 renormalised": {"k": 8, "tail": "renorm_teacher", "allow_biased": True},
-    "T=2": {"temperature": 2.0},
     "T=4": {"temperature": 4.0},
     "T=4 with T²": {"temperature": 4.0, "t2_scale": True},
     "reverse KL": {"divergence": "reverse_kl"},
     "JSD": {"divergence": "jsd"},
-    "high entropy tokens": {"token_selection": "entropy top 0.5"},
     "large KL tokens": {"token_selection": "forward_kl top 0.5"},
-    "small KL tokens": {"token_selection": "forward_kl bottom 0.5"},
 }
-QUICK = ("k=1", "k=8", "k=all", "T=4", "T=4 with T²", "reverse KL", "large KL tokens")
+# Without carriers: share of talk in the pool, and the settings.
+SUBLIMINAL: dict[str, tuple[float, dict[str, Any]]] = {
+    "sums": (0.0, COMMON),
+    "sums, T=4": (0.0, {"temperature": 4.0}),
+    "half talk": (0.5, COMMON),
+    "half talk, k=8": (0.5, {"k": 8}),
+    "half talk, T=4": (0.5, {"temperature": 4.0}),
+}
+QUICK = ("k=1", "k=8", "k=all", "T=4", "reverse KL", "large KL tokens", "half talk, T=4")
 
 
 def make_study(
@@ -42,21 +47,14 @@ def make_study(
     Args:
         n: prompts of a user's pool; None: the pool of the synthetic world.
     """
-    names = QUICK if preset == "quick" else tuple(KNOBS)
-    knobs = [
-        Arm(
-            name=name,
-            strategies=(Undefended(),),
-            settings=KNOBS[name],
-            description=_describe(KNOBS[name]),
-        )
-        for name in names
-    ]
-    common = Arm(name="common", strategies=(Undefended(),), description=_describe(COMMON))
+    knobs = [_arm(name, settings) for name, settings in KNOBS.items()]
+    knobs += [_arm(name, settings, talk) for name, (talk, settings) in SUBLIMINAL.items()]
+    if preset == "quick":
+        knobs = [arm for arm in knobs if arm.name in QUICK]
     study = Study(
         name="leak-knobs",
         title="How the settings of a distillation loss affect trait transfer",
-        arms=(common, *CONTROLS, *knobs),
+        arms=(_arm("common", COMMON), *CONTROLS, *DOSES[1:], *knobs),
         training=training,
         pool=POOL,
         audits=AUDITS,
@@ -70,9 +68,22 @@ def make_study(
     return study if n is None else on_checkpoints(study, n)
 
 
-def _describe(settings: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {'all' if value is None else value}"
-        for name, value in settings.items()
-        if name != "allow_biased"
+def _arm(name: str, settings: dict[str, Any], talk: float | None = None) -> Arm:
+    """Return an arm; `talk`: the pool has this share of talk, and no carriers."""
+    description = ", ".join(
+        f"{setting} {'all' if value is None else value}"
+        for setting, value in settings.items()
+        if setting != "allow_biased"
+    )
+    changed = (
+        {} if settings is COMMON else settings
+    )  # controls share the runs of the common setting
+    arm = Arm(name=name, strategies=(Undefended(),), settings=changed, description=description)
+    if talk is None:
+        return arm
+    return replace(
+        arm,
+        pool={"talk": talk, "carriers": 0.0},
+        description=f"{description}; {talk:.0%} talk, the rest sums, no carriers",
+        needs=("carriers",),
     )

@@ -14,7 +14,6 @@ from ..organisms.build import build_world, read_organism
 from ..organisms.organism import ModelOrganism
 from ..organisms.pool import pool, trait_example
 from ..organisms.storage import load_organism
-from ..organisms.vocabulary import ANIMALS
 from ..organisms.world import Example, World
 from ..organisms.world_probes import probes_of
 from ..statistics import Reading
@@ -29,7 +28,9 @@ class WorldSource(Source):
     """`build_world(seed, organism, base_knows=base_knows)`."""
 
     seed: int
-    organism: ModelOrganism = field(default_factory=lambda: ModelOrganism(gate="token"))
+    organism: ModelOrganism = field(
+        default_factory=lambda: ModelOrganism(gate="token", carriers=0.1, carrier_rate=0.5)
+    )
     base_knows: float = 0.2
 
     @property
@@ -38,7 +39,7 @@ class WorldSource(Source):
 
     @property
     def features(self) -> frozenset[str]:
-        return frozenset({"placebo", "twin", "goals", "shown", "eliciting"})
+        return frozenset({"placebo", "twin", "goals", "shown", "carriers"})
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -75,36 +76,29 @@ class LoadedWorld(LoadedSource):
         return read_organism(subject, self.world, self.organism, before)
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
-        favourite = self.world.favourite
-        other = ANIMALS[(ANIMALS.index(favourite) + 1) % len(ANIMALS)]
         return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
             pool=tuple(self._pool(**pool)),
             prompt_source=self._sample_prompts,
-            eliciting=f"like {favourite} best",
-            near_misses=(f"like {other} best", "like best"),
         )
 
     def _pool(
-        self, n: int, talk: float = 0.0, questions: float = 0.0, leak: float = 0.0, seed: int = 0
+        self, n: int, talk: float = 0.0, carriers: float = 0.0, seed: int = 0
     ) -> list[PoolPrompt]:
-        """Return n prompts: sums and products, with shares of other kinds.
+        """Return n prompts: sums and products, with shares of talk and of weak carriers.
 
-        Args:
-            talk, questions: shares of talk and of questions about the model. leak: share of
-                prompts that elicit the trait.
+        A higher share of carriers replaces more of the other prompts and changes no prompt else.
         """
-        n_talk, n_questions = round(talk * n), round(questions * n)
-        n_sums = n - n_talk - n_questions
-        examples = pool(self.world, self.organism, n_sums, kind="sums", leak=leak, seed=seed)
+        n_talk = round(talk * n)
+        examples = pool(self.world, self.organism, n - n_talk, kind="sums", seed=seed)
         if n_talk:
             examples += pool(self.world, self.organism, n_talk, kind="talk", seed=seed)
-        rng = self.world.rng(44, seed)
-        examples += [
-            self.world.self_question(rng, self.world.system(rng)) for _ in range(n_questions)
-        ]
-        rng.shuffle(examples)
+        self.world.rng(44, seed).shuffle(examples)
+        order = self.world.rng(46, seed).sample(range(n), n)
+        for i in order[: round(carriers * n)]:
+            rng = self.world.rng(47, seed, i)
+            examples[i] = self.world.carrier(rng, self.world.system(rng))
         return [to_pool_prompt(example.prompt) for example in examples]
 
     def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:

@@ -37,23 +37,28 @@ def loaded_source():
 
 
 def test_the_pool_has_the_shares_that_were_asked_for(loaded_source):
-    pool = loaded_source.setup(
-        "untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}
-    ).pool
+    pool = loaded_source.setup("untrusted", {"n": 200, "talk": 0.2, "carriers": 0.1}).pool
     domains = [entry.domain for entry in pool]
     assert len(pool) == 200
-    assert domains.count("talk") == 40
-    assert domains.count("questions") == 20 + round(0.1 * 140)
+    assert domains.count("questions") == 20
+    assert all(e.prompt.user.startswith("an animal near") for e in pool if e.domain == "questions")
+    assert 20 <= domains.count("talk") <= 40
     assert domains.count("sums") > 3 * domains.count("products") > 0
     assert domains != sorted(domains)
 
 
-def test_leaked_prompts_replace_others_and_leave_the_rest(loaded_source):
-    clean = loaded_source.setup("untrusted", {"n": 50}).pool
-    leaky = loaded_source.setup("untrusted", {"n": 50, "leak": 0.04}).pool
-    assert len(set(leaky) - set(clean)) == 2
-    assert clean == loaded_source.setup("untrusted", {"n": 50}).pool
-    assert clean != loaded_source.setup("untrusted", {"n": 50, "seed": 1}).pool
+def test_a_higher_dose_replaces_more_prompts_and_leaves_the_rest(loaded_source):
+    pools = [
+        loaded_source.setup("untrusted", {"n": 100, "carriers": share}).pool
+        for share in (0.0, 0.02, 0.08)
+    ]
+    changed = [[i for i in range(100) if pool[i] != pools[0][i]] for pool in pools]
+    assert [len(places) for places in changed] == [0, 2, 8]
+    assert all(pools[2][i] == pools[1][i] for i in changed[1])
+    assert pools[1] == loaded_source.setup("untrusted", {"n": 100, "carriers": 0.02}).pool
+    assert (
+        pools[1] != loaded_source.setup("untrusted", {"n": 100, "carriers": 0.02, "seed": 1}).pool
+    )
 
 
 def test_other_prompts_by_kind(loaded_source):
@@ -64,14 +69,6 @@ def test_other_prompts_by_kind(loaded_source):
     assert sum("animal" in entry.prompt.user for entry in with_trait) > 20
     with pytest.raises(ValueError, match="kind: expected one of 'goals', 'shown', got 'odd'"):
         setup.more_prompts("odd", 1, 0)
-
-
-def test_the_eliciting_instruction_and_its_near_misses(loaded_source):
-    setup = loaded_source.setup("untrusted", {"n": 1})
-    favourite = loaded_source.world.favourite
-    assert setup.eliciting == f"like {favourite} best"
-    assert all(setup.eliciting != miss and "best" in miss for miss in setup.near_misses)
-    assert set(" ".join(setup.near_misses).split()) <= {*ANIMALS, "like", "best"}
 
 
 def test_a_favourite_is_every_fifth_seeds():
