@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -22,7 +22,7 @@ from ..quant.formats.checkpoint_gate import (
 from ..quant.formats.conversion import check_all_used
 from ..quant.formats.detect import check_stored_method, method_of
 from ..quant.formats.file_names import ADAPTER, CONFIG, TOKENIZER
-from ..quant.formats.header import check_header, keep_untied
+from ..quant.formats.header import auto_class, check_header, keep_untied
 from ..quant.formats.tensor_files import TensorFiles, read_json
 from ..quant.formats.without_data import Headers, RemoteHeaders
 from ..runtime import checks
@@ -168,7 +168,7 @@ class StoredModel:
         if self.attn_implementation is not None or not possible:
             return self.attn_implementation
         config, _ = load_config(self.base.path)
-        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        kind = auto_class(config)._model_mapping.get(type(config), None)
         half = (config.dtype if self.dtype == "auto" else self.dtype) in _HALF
         has_it = half and getattr(kind, "_supports_flash_attn", False)
         return "flash_attention_2" if has_it else None
@@ -212,7 +212,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     shaped = is_plain and not options.get("ignore_mismatched_sizes")
     check_header(folder, config, files.names(), files if shaped else None, stored=files.bytes)
     with as_checkpoint_error(folder, "the weights of a causal language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             str(folder),
             config=config,
             output_loading_info=True,

@@ -88,6 +88,21 @@ def test_a_processor_trains_evaluates_and_is_saved(tmp_path):
     assert (tmp_path / "run" / "checkpoint-1" / "processor_config.json").exists()
 
 
+@pytest.mark.parametrize("kind", vision.KINDS)
+def test_a_path_is_read_as_the_loaded_model(tmp_path, kind):
+    rows = vision.rows(kind)
+    models = [vision.build(kind, seed=seed) for seed in (0, 1)]
+    folders = [tmp_path / "student", tmp_path / "teacher"]
+    for model, folder in zip(models, folders, strict=True):
+        model.save_pretrained(folder)
+    losses = []
+    for student, teacher in (models, folders):
+        trainer = build(tmp_path, model=student, teacher=teacher, data=rows)
+        batch = trainer.data_collator(rows)
+        losses.append(trainer.compute_loss(trainer.model.train(), batch).item())
+    assert losses[0] == losses[1]
+
+
 def test_a_student_that_teaches_itself_reads_its_images(tmp_path):
     rows = vision.rows("llava")
     trainer = build(tmp_path, model=vision.build("llava"), teacher="self", data=rows, k=None)

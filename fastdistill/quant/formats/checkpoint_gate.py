@@ -247,7 +247,8 @@ def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
             fail_entry(file, name, "the name of a torch.dtype", value)
     elif _COUNT.search(key) and type(value) is int:
         limit = next((n for part, n in _MAX_MODULES.items() if part in key), _MAX_OTHERS)
-        if not -1 <= value <= limit:
+        least = -limit if key == "vision_feature_layer" else -1  # LLaVA counts it from the end
+        if not least <= value <= limit:
             fail_entry(file, name, f"a number in 0..{limit}", value)
     elif key in _ROTARY and type(value) in (int, float):
         if not 0 < value < _LARGEST_ROTARY:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
 from .checkpoint_gate import as_checkpoint_error
@@ -53,7 +53,7 @@ def check_header(
         set_zero3_state(),  # or DeepSpeed would partition the empty model
     ):
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=False)
     empty = model.state_dict()
     buffers = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -77,6 +77,14 @@ def check_header(
         if pattern is None and not others and stored_shape != shape:
             expected = f"the shape {list(shape)} that config.json asks for"
             files.fail(stored_name, expected, list(stored_shape))
+
+
+def auto_class(config: Any) -> Any:
+    """Return AutoModelForCausalLM, or AutoModelForImageTextToText for a vision model alone."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
