@@ -177,7 +177,7 @@ class Run(NamedTuple):
             optimizer.zero_grad()
             seconds += time.process_time() - begun
             if step % 10 == 0:
-                print(f"{name}, seed {seed}, step {step}: loss {float(loss):.3f}", flush=True)
+                print(f"{name}, seed {seed}, step {step}: loss {loss.item():.3f}", flush=True)
             if step in points:
                 figures = self.measure(draft)
                 measured.append({"steps": step, "cpu_seconds": round(seconds, 1), **figures})
