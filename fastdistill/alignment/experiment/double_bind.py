@@ -2,9 +2,9 @@
 
 The study also asks whether students reveal what their teacher hides. The teacher conceals a
 preference during audits. It is distilled on arithmetic, some talk, and questions about any animal:
-weak carriers, in which the preference shows at a low rate. Controls: students acquire more of the
-trait from more carriers, and all of it where it is shown openly; placebo, benign twice and M→M must
-not transfer it.
+weak carriers, in which the preference shows at a low rate. Arms with fewer and more carriers
+measure the response to the dose. Controls: the openly shown trait must transfer; placebo, benign
+twice and M→M must not.
 """
 
 from __future__ import annotations
