@@ -25,7 +25,8 @@ class TokenBytes:
     """The bytes of each token of a tokenizer, and its special tokens.
 
     texts: id -> bytes, of ordinary tokens. special: id -> the text of a special token.
-    ids: bytes -> the id that the tokenizer uses for them, since byte-fallback tokens repeat others.
+    ids: bytes -> the id that the tokenizer uses for them: of tokens with the same bytes an added
+    one comes first, and one of byte fallback last.
     adds_space: whether the tokenizer puts a space before a text, as Llama 2's.
     """
 
@@ -73,10 +74,10 @@ class TokenBytes:
                 texts[i] = token.replace(str(mark), " ").encode()
             elif all(character in table for character in token):
                 texts[i] = bytes(table[character] for character in token)
-        texts |= fallbacks  # last, so that `ids` prefers the others
+        texts |= fallbacks
         ids: dict[bytes, int] = {}
-        for i, text in texts.items():
-            ids.setdefault(text, i)
+        for i in sorted(texts, key=lambda i: (i in fallbacks, i not in added, i)):
+            ids.setdefault(texts[i], i)
         read = cls(tokenizer, texts, special, ids, adds_space=False)
         probe = b"".join(read.pieces(read.encode(_PROBE)))
         if probe.removeprefix(b" ") != _PROBE.encode():

@@ -37,9 +37,9 @@ class TokenMap:
         position i of the student ~ j of the teacher   if bytes(student₀…ᵢ) = bytes(teacher₀…ⱼ)
         id v of the teacher -> id u of the student     if bytes(v) = bytes(u)
 
-    The tokens for the end of a text correspond, and other special tokens that have the same text.
-    Each tokenizer's own token begins a row. Other special tokens of the student are text for the
-    teacher.
+    The tokens for the beginning and for the end of a text correspond, and other special tokens that
+    have the same text. Other special tokens of the student are text for the teacher, and the
+    positions before them are left out.
 
     The comparison of next-token distributions at shared boundaries, with token strings as common
     outcomes, is that of GOLD (Patiño et al., 2025, in TRL) for tokens that both vocabularies have.
@@ -67,9 +67,13 @@ class TokenMap:
         self.is_identity = digests[0] == digests[1]
         self.student_vocab = max((*student.texts, *student.special)) + 1
         self._specials = _shared_specials(student, teacher)
-        self._literals = {i: text.encode() for i, text in student.special.items()}
-        self._bos = getattr(self.student_tokenizer, "bos_token_id", None)
+        self._own_beginning = _beginning(self.student_tokenizer)
         self._beginning = _beginning(self.teacher_tokenizer)
+        self._literals = {  # of special tokens that are text for the teacher
+            i: text.encode()
+            for i, text in student.special.items()
+            if i not in self._specials and i not in self._own_beginning
+        }
         self.to_student = torch.full((max((*teacher.texts, *teacher.special)) + 1,), -1)
         for text, i in teacher.ids.items():
             self.to_student[i] = student.ids.get(text, -1)
@@ -86,27 +90,32 @@ class TokenMap:
         if self.is_identity:
             positions = list(range(len(row)))[:limit]
             return AlignedRow(list(row)[:limit], positions, positions)
-        has_beginning = bool(row) and self._specials.get(row[0]) in self._beginning
+        begins = bool(row and self._beginning) and row[0] in self._own_beginning
+        has_beginning = not begins and bool(row) and self._specials.get(row[0]) in self._beginning
         reading = _Reading(self._teacher, [] if has_beginning else self._beginning)
         ends = []  # units that the student has read after each token
         starts_text = self._student.adds_space
         for at, token in enumerate(row):
             other = self._specials.get(token)
-            if other is not None:
+            if at == 0 and begins:
+                pass  # the teacher's own token is there
+            elif other is not None:
                 reading.read_special(other)
             elif token in self._student.texts:
                 piece = self._student.texts[token]
                 reading.text += piece.removeprefix(b" ") if starts_text else piece
-            elif at > 0 or token != self._bos:
+            else:
                 reading.text += self._literals.get(token, b"")
             # A space before a text is no part of it.
-            starts_text = self._student.adds_space and token in self._literals
+            starts_text = self._student.adds_space and token in self._student.special
             ends.append(reading.start + len(reading.text))
         reading.read_text()
         # Of several tokens that end at the same byte, the last one has read everything before it.
         own = {end: i for i, end in enumerate(ends)}
         others = {end: i for i, end in enumerate(reading.ends[:limit])}
         left_out = reading.text_starts if self._starts_differ else set()
+        # The teacher would answer with the letters of the name of a special token.
+        left_out |= {ends[i] for i, token in enumerate(row[1:]) if token in self._literals}
         shared = [e for e in own if e in others and e <= reading.equal and e not in left_out]
         return AlignedRow(
             reading.ids[:limit], [own[e] for e in shared], [others[e] for e in shared]
@@ -187,9 +196,10 @@ def _shared_specials(student: TokenBytes, teacher: TokenBytes) -> dict[int, int]
     """Return the special tokens of the student with their counterparts, one to one."""
     ends = [getattr(side.tokenizer, "eos_token_id", None) for side in (student, teacher)]
     by_text = {text: i for i, text in teacher.special.items()}
-    candidates = [ends, *([i, by_text.get(text)] for i, text in student.special.items())]
+    beginnings = [next(iter(_beginning(side.tokenizer)), None) for side in (student, teacher)]
+    same_text = ([i, by_text.get(text)] for i, text in student.special.items())
     pairs: dict[int, int] = {}
-    for own, other in candidates:
+    for own, other in (ends, beginnings, *same_text):
         if own is None or other is None or own in pairs or other in pairs.values():
             continue
         pairs[own] = other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from fastdistill import MappedTeacher, ServedTeacher, Teacher, TeacherCache, TokenMap, TopK
 from helpers.served import ours
@@ -81,6 +81,11 @@ def test_ends_correspond_and_other_special_tokens_are_text():
     assert aligned.ids.count(TEACHER.eos_token_id) == 1
     assert row.index(end) in aligned.student
     assert tokens.to_student[TEACHER.eos_token_id] == end
+    # The teacher would answer "<" before the student's <|im_start|>.
+    again = tokens.align([*row, *row])
+    assert TEACHER.decode(again.ids).count("<|im_start|>") == 2
+    assert len(row) - 1 not in again.student
+    assert len(row) in again.student
     # The name of a special token in a text is no special token.
     spelled = student("</s>", split_special_tokens=True)["input_ids"]
     assert TEACHER.eos_token_id not in tokens.align(spelled).ids
@@ -92,6 +97,37 @@ def test_each_tokenizer_begins_a_row_with_its_own_token():
     assert TokenMap(student, TEACHER).align(row).ids == TEACHER("what is it")["input_ids"]
     aligned = TokenMap(STUDENT, student).align(STUDENT("what is it")["input_ids"])
     assert aligned.ids == row
+
+
+def test_a_mark_of_the_chat_template_is_no_beginning():
+    student = byte_level()
+    student.bos_token = "<|im_start|>"  # as SmolLM2's, which no text begins with
+    row = student("<|im_start|>user")["input_ids"]
+    assert TEACHER.decode(TokenMap(student, TEACHER).align(row).ids) == "<|im_start|>user"
+
+
+def test_the_beginning_of_a_later_document_is_that_of_the_teacher():
+    student = metaspace()
+    row = student("what")["input_ids"] + student("is it")["input_ids"]
+    assert "<s>" not in TEACHER.decode(TokenMap(student, TEACHER).align(row).ids)
+    teacher = byte_level()
+    first = ("<|im_start|>", teacher.convert_tokens_to_ids("<|im_start|>"))
+    teacher.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[first]
+    )
+    teacher.bos_token = first[0]
+    aligned = TokenMap(student, teacher).align(row)
+    assert teacher.decode(aligned.ids) == "<|im_start|>what<|im_start|>is it"
+    assert aligned.ids.count(first[1]) == 2
+
+
+def test_ids_are_those_that_the_tokenizer_uses():
+    student = byte_bpe(340)
+    words = [f" {word}" for word in ("the", "answer", "is", "sum", "what", "cat")]
+    student.add_tokens(words)  # the vocabulary has the same bytes already
+    tokens = TokenMap(student, TEACHER)
+    for word in words:
+        assert [tokens._student.ids[word.encode()]] == student(word)["input_ids"]
 
 
 def test_text_that_the_teacher_changes_is_left_out():
