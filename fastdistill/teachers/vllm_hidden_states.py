@@ -107,6 +107,9 @@ class VLLMHiddenStates:
                 continue
             states = self._read(ids[attended].long(), row).to(input_ids.device)
             normed = self.norm(states[:, -1])
+            if normed.shape != states[:, -1].shape:
+                expected = f"a function to {list(states[:, -1].shape)}, the shape of its argument"
+                checks.fail("norm", expected, f"one to {list(normed.shape)}")
             if last is None or layers is None:
                 last = normed.new_zeros(*input_ids.shape, states.shape[2])
                 layers = states.new_zeros(*input_ids.shape, states.shape[1] - 1, states.shape[2])
@@ -124,6 +127,8 @@ class VLLMHiddenStates:
             got = f"row {row} ({len(tokens)} tokens: {first}, …), which no file of {self.path} has"
             hint = "export the prompts with this tokenizer, template and length"
             checks.fail("input_ids", f"rows of the {self.rows:,} exported ones", got, hint)
+        if self._key_of(file) != key_of(tokens.numpy()):
+            _refuse(file, "the token_ids that it had when it was opened", "others")
         with safe_open(file, "pt") as stored:
             states: Tensor = stored.get_tensor("hidden_states")
         if not states.isfinite().all():
@@ -150,7 +155,7 @@ class VLLMHiddenStates:
                     got = f"{ids.get_dtype()} {ids.get_shape()}"
                     _refuse(file, f"token_ids of I64 [{shape[0]}]", got)
                 tokens = stored.get_tensor("token_ids").long()
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             _refuse(file, "a complete file of safetensors", printable(error))
         layout = (shape[1], shape[2], kind)
         if self._layout is None:

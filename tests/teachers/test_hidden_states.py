@@ -197,6 +197,7 @@ def test_a_stored_state_that_lies(copied, value):
         {"hidden": {"size": 10**9, "layers": [2, 1], "dtype": "float32"}},
         {"hidden": {"size": 32, "layers": [2, 0], "dtype": "float32"}},
         {"hidden": {"size": 32, "layers": 2, "dtype": "float32"}},
+        {"hidden": {"size": 32, "layers": [1, 1], "dtype": "float32"}},
         {"k": 1},
         {"temperatures": [1.0]},
         {"targets": "topk"},
@@ -259,6 +260,13 @@ def test_files_of_vllm_that_cannot_be_read(files, tmp_path, teacher):
     cut.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=r"hs_0\.safetensors: expected a complete file"):
         VLLMHiddenStates(folder, norm=norm)
+    cut.write_bytes(whole)
+    verifier = VLLMHiddenStates(folder, norm=lambda x: x[:, :5])
+    with pytest.raises(ValueError, match=r"norm: expected a function to \[\d+, 32\], the shape"):
+        verifier.hidden(ids[None])
+    shutil.copy(folder / "hs_1.safetensors", cut)  # while it is open
+    with pytest.raises(ValueError, match=r"hs_0\.safetensors: expected the token_ids that it had"):
+        verifier.hidden(ids[None])
     states = torch.full((len(ids), 2, 32), torch.nan)
     save_file({"hidden_states": states, "token_ids": ids}, cut)
     with pytest.raises(ValueError, match=r"hs_0\.safetensors: expected finite hidden_states"):

@@ -46,6 +46,8 @@ class HiddenLayout:
             checks.fail("layers", expected, repr(layers))
         for layer in layers:
             checks.integer("layers", layer, 1)
+        if len(set(layers)) != len(layers):
+            checks.fail("layers", "different layers", layers)
         checks.choice("dtype", entry["dtype"], _KINDS)
         return cls(size=entry["size"], layers=tuple(layers), dtype=entry["dtype"])
 
