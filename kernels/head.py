@@ -234,15 +234,16 @@ def blocks(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def vocabulary_slabs(head: LMHead, rows: int) -> Iterator[slice]:
-    """Slices of the vocabulary; on the meta device the first three and the last.
+def vocabulary_slabs(head: LMHead, rows: int, group: int = 1) -> Iterator[slice]:
+    """Slices of the vocabulary; on the meta device the first 3 · group and the last.
 
     There only the memory counts. It is the same from the third slab on: the first allocates what
-    the others reuse, and the second still holds tensors of the first.
+    the others reuse, and the second still holds tensors of the first. Where slabs are worked on in
+    groups, that holds for groups.
     """
     starts: Sequence[int] = range(0, head.vocab_size, rows)
-    if head.weight.is_meta and len(starts) > 4:
-        starts = (*starts[:3], starts[-1])
+    if head.weight.is_meta and len(starts) > 3 * group + 1:
+        starts = (*starts[: 3 * group], starts[-1])
     for start in starts:
         yield slice(start, min(start + rows, head.vocab_size))
 

@@ -34,11 +34,16 @@ ROW_BYTES, ROW_TOKENS = 16 << 20, 512
 SLABS_AT_ONCE = 8  # whose candidates for the top k are sorted together
 
 
-def slabs(head: LMHead, tokens: int) -> Iterator[slice]:
-    """Vocabulary slices whose slab stays in cache; a large vocabulary is never one slice."""
+def slab_rows(head: LMHead, tokens: int) -> int:
+    """Rows of a slab that stays in cache; a large vocabulary is never one slab."""
     low, high = SLAB_ROWS
     cached = SLAB_BYTES // (head.dtype.itemsize * max(tokens, 1))
-    return vocabulary_slabs(head, max(low, min(high, cached, -(-head.vocab_size // 4))))
+    return max(low, min(high, cached, -(-head.vocab_size // 4)))
+
+
+def slabs(head: LMHead, tokens: int) -> Iterator[slice]:
+    """Vocabulary slices of `slab_rows`."""
+    return vocabulary_slabs(head, slab_rows(head, tokens))
 
 
 class Matmul:
@@ -366,8 +371,10 @@ def _topk_of_block(
     n, k = out[0].ids.shape
     u_1n = head.weight.new_empty(0, n, dtype=head.dtype)
     answers = [_RunningTopK(k, u_1n) for _ in temperatures]
-    long_rows = max(SLAB_ROWS[1], ROW_BYTES // (4 * max(n, 1)))
-    for at in slabs(head, n) if matmul.product is None else vocabulary_slabs(head, long_rows):
+    slab = slab_rows(head, n)
+    if matmul.product is not None:
+        slab = max(SLAB_ROWS[1], ROW_BYTES // (4 * max(n, 1)))
+    for at in vocabulary_slabs(head, slab, SLABS_AT_ONCE):
         rows = at.stop - at.start
         if u_1n.shape[0] < rows:
             u_1n = u_1n.new_empty(rows, n)

@@ -2,7 +2,7 @@
 
 The host code of the kernels runs on the meta device: it allocates what it allocates on a device,
 and LiveMemory counts it. Products and kernels do nothing there, Triton is not imported, and a loop
-over the vocabulary takes four slabs (`vocabulary_slabs`). All tokens have labels, as in training.
+over the vocabulary takes a few slabs (`vocabulary_slabs`). All tokens have labels, as in training.
 """
 
 from __future__ import annotations

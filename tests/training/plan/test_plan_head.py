@@ -24,7 +24,7 @@ RUNS: dict[str, Any] = {
 }
 
 
-def all_slabs(head: LMHead, rows: int) -> Iterator[slice]:
+def all_slabs(head: LMHead, rows: int, group: int = 1) -> Iterator[slice]:
     return blocks(head.vocab_size, rows)
 
 
