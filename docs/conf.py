@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"fastdistill\.(alignment|hf|quant|teachers|training)\..*"),
     (
         "py:.*",
-        r"(Divergence|Logits|LossConfig|Module|Path|PositionLoss|PreTrainedModel|ProcessGroup|Tensor)",
+        r"(Divergence|HiddenStates|Logits|LossConfig|Module|Path|PositionLoss|PreTrainedModel|ProcessGroup|Tensor)",
     ),
 ]
 if os.environ.get("FASTDISTILL_DOCS_LINKS"):

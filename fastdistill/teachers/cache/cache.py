@@ -216,7 +216,7 @@ class TeacherCache:
 
     @property
     def answers(self) -> str:
-        """What is stored: "topk" for distributions, "hidden" for hidden states."""
+        """Return "topk" if distributions are stored, or "hidden" for hidden states."""
         return "topk" if self.manifest.settings.hidden is None else HIDDEN
 
     @property
