@@ -138,6 +138,7 @@ def acceptance_length(acceptance_rate: Tensor, ratio: Tensor | None = None) -> T
         factors = ratio.to(acceptance_rate.dtype)
     for name, values in (("acceptance_rate", acceptance_rate), ("ratio", factors)):
         if not bool(((values >= 0) & (values <= 1 + 1e-4)).all()):
-            checks.fail(name, "probabilities in [0, 1]", "others")
+            least, most = values.aminmax()
+            checks.fail(name, "probabilities in [0, 1]", f"{least.item():.4g} to {most.item():.4g}")
     before = torch.cat([torch.ones_like(factors[..., :1]), factors[..., :-1].cumprod(-1)], -1)
     return 1 + (before * acceptance_rate).sum(-1)

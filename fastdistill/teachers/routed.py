@@ -13,6 +13,7 @@ from ..hf.tokenizers import check_same_tokenizer
 from ..losses.types import TopK
 from ..runtime import checks, tensor_checks
 from .local import load_teacher
+from .mapped import MappedTeacher
 from .protocols import ScoringTeacher, TopKTeacher
 
 
@@ -27,7 +28,7 @@ class RoutedTeacher:
         key: the column of the dataset; every example needs a value that `teachers` has.
 
     Raises:
-        ValueError: no teachers, or teachers with different tokenizers.
+        ValueError: no teachers, teachers with different tokenizers, or a MappedTeacher.
 
     Example:
         teacher = RoutedTeacher({"math": "math-model", "code": "code-model"}, key="domain")
@@ -42,6 +43,14 @@ class RoutedTeacher:
             name: teacher if isinstance(teacher, TopKTeacher) else load_teacher(teacher)
             for name, teacher in teachers.items()
         }
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, MappedTeacher):
+                checks.fail(
+                    "teachers",
+                    "teachers of the student's tokenizer",
+                    f"a MappedTeacher for {name!r}",
+                    "the trainer leaves out targets for one teacher alone: pass it as the teacher",
+                )
         tokenizers = [getattr(teacher, "tokenizer", None) for teacher in self.teachers.values()]
         self.tokenizer = next((t for t in tokenizers if t is not None), None)
         for tokenizer in tokenizers:

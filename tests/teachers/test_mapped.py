@@ -6,7 +6,15 @@ import pytest
 import torch
 from tokenizers import normalizers, processors
 
-from fastdistill import MappedTeacher, ServedTeacher, Teacher, TeacherCache, TokenMap, TopK
+from fastdistill import (
+    MappedTeacher,
+    RoutedTeacher,
+    ServedTeacher,
+    Teacher,
+    TeacherCache,
+    TokenMap,
+    TopK,
+)
 from helpers.served import ours
 from helpers.text_scene import CORPUS, byte_bpe, byte_level, metaspace, words
 from helpers.training import llama, step_losses, train, weights
@@ -246,3 +254,5 @@ def test_pairs_that_cannot_be_mapped_are_refused():
         TokenMap(lower, TEACHER)
     with pytest.raises(ValueError, match="token_map: expected a map from the tokenizer of the tea"):
         MappedTeacher(model_of(STUDENT), TOKENS)
+    with pytest.raises(ValueError, match=r"teachers: .*, got a MappedTeacher for 'math'"):
+        RoutedTeacher({"math": mapped()}, key="domain")
