@@ -78,7 +78,9 @@ class DistillConfig(TrainingArguments):
             "auto" for the stored type. None is float32, because 16-bit weights lose updates
             smaller than half a step of the weight; with peft_config, None is "auto", because those
             weights do not change. bf16=True computes in bfloat16 with float32 weights.
-        model_init_kwargs: arguments of from_pretrained for a student loaded from a path.
+        model_init_kwargs: arguments of from_pretrained for a student loaded from a path. On a CPU,
+            attn_implementation is "eager" by default with bf16=True and a max_length of at most
+            512, without packing.
 
         impl: "auto", or an implementation that is used or raises an error, without fallback.
         backward: how the loss computes gradients: "fused" computes the head's gradients in the

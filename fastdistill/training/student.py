@@ -30,6 +30,7 @@ from .targets import Targets
 logger = logging.getLogger(__name__)
 
 _COMPILE_OPTIONS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+_SHORT_ROW = 512  # tokens; the longest row of benchmarks/attention.py
 
 
 def prepare_student(
@@ -54,7 +55,7 @@ def prepare_student(
             attn_implementation=options.pop("attn_implementation", None),
             role="model",
         )
-        options.setdefault("attn_implementation", stored.attention_on(config.device))
+        options.setdefault("attn_implementation", _attention(stored, config))
         model = stored.load_base(**options)
         if stored.is_adapter:
             model = load_adapted(model, stored.path, trainable=True)
@@ -68,6 +69,24 @@ def prepare_student(
             f"dtype: expected None with a model that is loaded already, got {config.dtype!r}"
         )
     return prepare_loaded(model, config, peft_config)
+
+
+def _attention(stored: StoredModel, config: DistillConfig) -> str | None:
+    """Return the attention of a student: eager for bfloat16 on a CPU if all rows are short.
+
+    The choice does not depend on the time that it takes here, so that a run can be repeated.
+    """
+    known_short = not config.packing and (config.max_length or _SHORT_ROW + 1) <= _SHORT_ROW
+    if stored.attn_implementation or not (
+        config.device.type == "cpu" and config.bf16 and known_short
+    ):
+        return stored.attention_on(config.device)
+    logger.info(
+        "attn_implementation: eager, which is faster than sdpa for bf16=True on a CPU and rows of "
+        "at most %d tokens; pass model_init_kwargs={'attn_implementation': 'sdpa'} for the other",
+        _SHORT_ROW,
+    )
+    return "eager"
 
 
 def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Module:

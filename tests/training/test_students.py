@@ -173,6 +173,30 @@ def test_a_student_from_a_path(tmp_path):
         build(tmp_path, model=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("options", "attention"),
+    [
+        ({"bf16": True, "max_length": 512}, "eager"),
+        ({"bf16": True, "max_length": 513}, "sdpa"),
+        ({"bf16": True}, "sdpa"),
+        ({"bf16": True, "max_length": 512, "packing": True}, "sdpa"),
+        ({"max_length": 512}, "sdpa"),
+        (
+            {
+                "bf16": True,
+                "max_length": 512,
+                "model_init_kwargs": {"attn_implementation": "sdpa"},
+            },
+            "sdpa",
+        ),
+    ],
+)
+def test_short_rows_in_bfloat16_on_a_cpu_take_the_faster_attention(tmp_path, options, attention):
+    llama(0).save_pretrained(tmp_path / "student")
+    trainer = build(tmp_path, model=tmp_path / "student", **options)
+    assert trainer.model.config._attn_implementation == attention
+
+
 @pytest.mark.peers
 class TestQuantised:
     """QLoRA: a frozen 4-bit student under adapters."""
