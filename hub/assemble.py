@@ -1,6 +1,6 @@
 """python hub/assemble.py OUT: write a project that kernel-builder builds for the `kernels` hub.
 
-    OUT/build.toml
+    OUT/{build.toml, flake.nix, LICENSE}
     OUT/torch-ext/fastdistill_kernels/{__init__.py, kernels/, losses/, runtime/}
 
 Imports in the package are relative, and its operators are in a namespace of its name
@@ -33,8 +33,8 @@ def package(target: Path) -> None:
 def project(out: Path) -> None:
     """Write the project into the folder `out`."""
     package(out / "torch-ext" / "fastdistill_kernels")
-    shutil.copy(ROOT / "hub" / "build.toml", out)
-    shutil.copy(ROOT / "LICENSE", out)
+    for source in ("hub/build.toml", "hub/flake.nix", "LICENSE"):
+        shutil.copy(ROOT / source, out)
 
 
 if __name__ == "__main__":

@@ -74,4 +74,5 @@ def test_the_project_is_laid_out_as_kernel_builder_wants_it(tmp_path):
     ASSEMBLE["project"](tmp_path)
     name = re.search(r'^name = "([a-z][-a-z0-9]*)"$', (tmp_path / "build.toml").read_text(), re.M)
     assert name
+    assert "genKernelFlakeOutputs" in (tmp_path / "flake.nix").read_text()
     assert (tmp_path / "torch-ext" / name[1].replace("-", "_") / "__init__.py").is_file()
