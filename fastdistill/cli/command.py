@@ -32,7 +32,7 @@ def add(app: typer.Typer, name: str, kind: type[Any], module: str) -> None:
     """Add a command to `app`: settings and help from the dataclass `kind`, code from `module`."""
 
     def command(**cli_args: Any) -> None:
-        raw = gather(cli_args.pop("config"), cli_args.pop("pairs") or [])
+        raw = gather(cli_args.pop("config"), cli_args.pop("key_values") or [])
         print_config, as_json = cli_args.pop("print_config"), cli_args.pop("as_json")
         dry_run = cli_args.pop("dry_run", False)
         typed = {key: value for key, value in cli_args.items() if value is not None}
@@ -130,10 +130,10 @@ _FLAGS = (_Print, _Dry, Json)
 
 
 def _common_hints(dry: bool) -> dict[str, Any]:
-    pairs = typer.Argument(metavar="KEY=VALUE", hidden=True)
+    key_values = typer.Argument(metavar="KEY=VALUE", hidden=True)
     file = typer.Option(metavar="YAML", help="Read settings from a YAML file.", show_default=False)
     return {
-        "pairs": Annotated[list[str] | None, pairs],
+        "key_values": Annotated[list[str] | None, key_values],
         "config": Annotated[Path | None, file],
         "print_config": _Print,
         **({"dry_run": _Dry} if dry else {}),

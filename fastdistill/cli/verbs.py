@@ -117,15 +117,19 @@ class Experiment:
 class DoubleBind(Experiment):
     """Which distillation strategies keep an untrusted teacher's capability but not its trait?
 
-    Runs on a synthetic world, or on checkpoints: teacher, base, pool, probes and capability. Re-run
-    the same command to resume; machines that share OUT share the work. KEY=VALUE also accepts
-    arms=[names], student_seeds, first_seed and, for checkpoints, steps, batch_size, learning_rate,
-    answer_tokens (of the teacher), eliciting (an instruction that asks for the trait), near_misses
-    (similar instructions) and max_new_tokens (of a measurement).
+    Runs on a synthetic world, on checkpoints (teacher, base, pool, probes and capability), or on
+    pairs of them: JSON lines with base, untrusted, benign, probes, and optionally placebo, pool and
+    capability. Only pairs give intervals and verdicts. Re-run the same command to resume; machines
+    that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed
+    and, for checkpoints, steps, batch_size, learning_rate, answer_tokens (of the teacher),
+    eliciting (an instruction that asks for the trait), near_misses (similar instructions) and
+    max_new_tokens (of a measurement).
     """
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
 
+    pairs: Annotated[Path | None, "JSON lines: a pair of organisms each."] = None
+    development_pairs: Annotated[int, "Last pairs, used for thresholds."] = 0
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None

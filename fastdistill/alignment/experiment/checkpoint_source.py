@@ -20,6 +20,7 @@ from ...hf.source import is_adapter, model_source
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail
+from ...runtime.printable import printable
 from ..audits.behaviour import CapabilityAudit
 from ..audits.generic_probes import GENERIC_PROBES
 from ..audits.probes import Probes
@@ -29,8 +30,8 @@ from ..organisms.storage import load_organism
 from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_record
-from .source import READINGS, LoadedSource, Source, SourceRecord, named_audited
+from .digest import digest_of
+from .source import LoadedSource, Source, named_audited
 
 MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
@@ -43,7 +44,7 @@ class CheckpointSource(Source):
     """Models from folders, Hub names, or LoRA adapters on the base.
 
     Args:
-        teacher: U. base: M. benign: U's benign twin, optional.
+        teacher: U. base: M. benign: U's benign twin, optional. placebo: P, optional.
         pool: rows {"prompt": a text or a mapping of system and user, "domain": a name, "kind":
             goals or shown}, in a file, a folder saved by datasets, or a hub name with its
             split (`open_dataset`). Rows without a kind form the pool.
@@ -51,6 +52,7 @@ class CheckpointSource(Source):
             optionally the same prompts in an audited context.
         capability: held-out rows {"prompt", "answer"}, in the same forms.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
+        index: of the pair in a study, its base seed; it changes no result.
     """
 
     teacher: str
@@ -59,9 +61,11 @@ class CheckpointSource(Source):
     probes: Path
     capability: str | Path
     benign: str | None = None
+    placebo: str | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    index: int = field(default=0, compare=False)
     contents: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +79,7 @@ class CheckpointSource(Source):
         _load_capability(self.capability)
         contents = {"pool": _digest_of_rows(self.pool, "pool"), "probes": sha256_of(self.probes)}
         contents["capability"] = _digest_of_rows(self.capability, "capability")
-        for name in ("teacher", "base", "benign"):
+        for name in ("teacher", "base", "benign", "placebo"):
             if (path := getattr(self, name)) is not None:
                 contents[name] = _contents(model_source(name, path).path)
         object.__setattr__(self, "contents", contents)
@@ -85,7 +89,7 @@ class CheckpointSource(Source):
 
     @property
     def base_seed(self) -> int:
-        return 0
+        return self.index
 
     @property
     def prompts(self) -> int:
@@ -96,7 +100,11 @@ class CheckpointSource(Source):
     def features(self) -> frozenset[str]:
         rows = _load_pool(self.pool)
         kinds = {kind for kind in rows if kind} | set(_GENERIC)
-        optional = {"eliciting": self.eliciting, "twin": self.benign}
+        optional = {
+            "eliciting": self.eliciting,
+            "twin": self.benign,
+            "placebo": self.placebo,
+        }
         return frozenset(kinds | {name for name, value in optional.items() if value})
 
     def as_json(self) -> dict[str, Any]:
@@ -108,12 +116,11 @@ class CheckpointSource(Source):
 
     def build(self, folder: Path) -> dict[str, Any]:
         loaded = self.load(folder)
-        return {name: loaded.read(model).as_json() for name, model in loaded.models.items()}
-
-    def cached(self, folder: Path) -> SourceRecord:
-        record = read_record(self.cache(folder) / READINGS, "base", "untrusted", "benign")
-        readings = {name: Reading.from_json(values) for name, values in record.items()}
-        return SourceRecord(readings=readings, validity=_denominators(readings))
+        readings = {name: loaded.read(model) for name, model in loaded.models.items()}
+        return {
+            "readings": {name: reading.as_json() for name, reading in readings.items()},
+            "validity": _denominators(readings, Path(self.teacher).name).as_json(),
+        }
 
     def load(self, folder: Path) -> LoadedCheckpoints:
         return LoadedCheckpoints(self)
@@ -129,6 +136,8 @@ class LoadedCheckpoints(LoadedSource):
         self.models["benign"] = (
             base if source.benign is None else _model(source.benign, source, "benign")
         )
+        if source.placebo is not None:
+            self.models["placebo"] = _model(source.placebo, source, "placebo")
         self.probes = Probes.load(source.probes)
         self.suite = GENERIC_PROBES.suite() | self.probes.suite()
         if self.probes.audited:
@@ -174,8 +183,8 @@ class LoadedCheckpoints(LoadedSource):
         return tuple(entries[i % len(entries)] for i in range(n))
 
 
-def _denominators(readings: Mapping[str, Reading]) -> Validity:
-    """Return the gates that keep the denominators of C and τ above 0."""
+def _denominators(readings: Mapping[str, Reading], name_of_u: str) -> Validity:
+    """Return the gates that keep the denominators of C and τ above 0; they name the teacher."""
     base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
     gates = []
     for ratio, what, other, values, others in (
@@ -184,8 +193,8 @@ def _denominators(readings: Mapping[str, Reading]) -> Validity:
     ):
         mean, other_mean = fmean(values), fmean(others)
         name = (
-            f"{what} of U above that of {other}, without which {ratio} is undefined "
-            f"({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)"
+            f"{what} of U ({printable(name_of_u)}) above that of {other}, without which {ratio} is "
+            f"undefined ({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)"
         )
         gates.append(at_least(name, mean - other_mean, MIN_GAP))
     return Validity(gates=tuple(gates))

@@ -55,13 +55,9 @@ def select_seeds(
     while len(selected) < n_sources and (
         batch := list(islice(remaining, n_sources - len(selected)))
     ):
-        build_models(batch, folder, execution, "worlds")
-        for source in batch:
-            validity = source.cached(folder / SOURCES).validity
-            if validity is None or validity.valid:
-                selected.append(source)
-            else:
-                refused[source.base_seed] = list(validity.because)
+        passed, failed = select_valid(batch, folder, execution, "worlds")
+        selected += passed
+        refused |= failed
     if len(selected) == n_sources:
         return selected, refused
     for seed, because in refused.items():
@@ -72,3 +68,19 @@ def select_seeds(
             printable("; ".join(because), limit=None),
         )
     return list(sources[:n_sources]), {}
+
+
+def select_valid(
+    sources: Sequence[Source], folder: Path, execution: Execution = SERIAL, label: str = "models"
+) -> tuple[list[Source], dict[int, list[str]]]:
+    """Return the sources whose models pass their gates, and the failed gates of the others."""
+    build_models(sources, folder, execution, label)
+    selected: list[Source] = []
+    refused: dict[int, list[str]] = {}
+    for source in sources:
+        validity = source.cached(folder / SOURCES).validity
+        if validity is None or validity.valid:
+            selected.append(source)
+        else:
+            refused[source.base_seed] = list(validity.because)
+    return selected, refused

@@ -18,7 +18,7 @@ from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
 from .executors import SERIAL, Execution, run_all
 from .job import SOURCES, Job, TeacherAudits
-from .prepare_models import build_models, select_seeds
+from .prepare_models import build_models, select_seeds, select_valid
 from .rules import freeze
 from .source import Source
 
@@ -178,6 +178,7 @@ def run_study(
     folder: Path,
     *,
     n_sources: int | None = None,
+    only_valid: bool = False,
     student_seeds: int = 1,
     execution: Execution = SERIAL,
     rule: dict[str, Any] | None = None,
@@ -188,13 +189,25 @@ def run_study(
         rule: of the verdicts; it must not change after the first run. None: no rule is stored.
         n_sources: number of sources to report: the first whose organisms pass their gates; the
             others are a reserve. None: all, without selection.
+        only_valid: report every source whose organisms pass, and refuse the others, of development
+            too.
     """
     if rule is not None:
         freeze(rule, sources, folder, store=not execution.only_report)
-    build_models(development, folder, execution, "development worlds")
-    sources, refused = select_seeds(
-        sources, len(sources) if n_sources is None else n_sources, folder, execution
-    )
+    refused: dict[int, list[str]] = {}
+    if only_valid:
+        development, refused = select_valid(development, folder, execution)
+        sources, more = select_valid(sources, folder, execution)
+        refused |= more
+        if not sources:
+            raise ValueError(
+                "pairs: expected one or more whose models pass their gates, got none: "
+                + "; ".join(f"pair {i}: {', '.join(reasons)}" for i, reasons in refused.items())
+            )
+    else:
+        build_models(development, folder, execution, "development worlds")
+        n_sources = len(sources) if n_sources is None else n_sources
+        sources, refused = select_seeds(sources, n_sources, folder, execution)
     with_gate = replace(study, audits=tuple(dict.fromkeys((*study.audits, *study.gate))))
     development_pairs = make_pairs(with_gate, study.arms[:1], development, student_seeds, {})
     run_all(_unique_jobs(development_pairs), folder, execution, label="development runs")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource, _denominators
-from fastdistill.alignment.experiment.digest import write_record
 from fastdistill.alignment.experiment.executors import Execution
 from fastdistill.alignment.experiment.prepare_models import select_seeds
-from fastdistill.alignment.experiment.source import READINGS, SourceRecord
+from fastdistill.alignment.experiment.source import SourceRecord
 from fastdistill.alignment.report import TransferReport
 from fastdistill.alignment.report.validity import (
     invalid_because,
@@ -22,12 +21,11 @@ from fastdistill.alignment.report.validity import (
     too_few_units,
 )
 from fastdistill.alignment.report.verdicts import outcome, verdict
-from fastdistill.alignment.statistics import Reading
+from fastdistill.alignment.statistics import Reading, Validity
 from fastdistill.cli.run_experiment import print_result
 from helpers.made_students import ABOUT, arm
 from helpers.transfer_arms import arm as transfer_arm
 
-TWO = SimpleNamespace(cache=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")
 NAN, INF = math.nan, math.inf
 
@@ -140,28 +138,25 @@ def readings(capability=(1.0, 0.0), trait=(1.0, 0.0)):
 @pytest.mark.parametrize(
     "how, ratio, what",
     [
-        ({"capability": (0.0, 0.0)}, "C", "capability of U above that of M"),
-        ({"capability": (0.25, 0.5)}, "C", "capability of U above that of M"),
-        ({"trait": (0.5, 0.5)}, "τ", "trait of U above that of B"),
+        ({"capability": (0.0, 0.0)}, "C", "capability of U (owl) above that of M"),
+        ({"capability": (0.25, 0.5)}, "C", "capability of U (owl) above that of M"),
+        ({"trait": (0.5, 0.5)}, "τ", "trait of U (owl) above that of B"),
     ],
 )
 def test_checkpoints_without_a_denominator_are_named_before_training(
     how, ratio, what, tmp_path, caplog
 ):
-    assert _denominators(readings()).valid
-    validity = _denominators(readings(**how))
+    assert _denominators(readings(), "owl").valid
+    validity = _denominators(readings(**how), "owl")
     (why,) = validity.because
     assert why.startswith(f"{what}, without which {ratio} is undefined (")
     assert "over 4 prompts" in why
-    write_record(
-        TWO.cache(tmp_path) / READINGS,
-        {name: reading.as_json() for name, reading in readings(**how).items()},
-    )
-    record = CheckpointSource.cached(cast(Any, TWO), tmp_path)
-    assert record == SourceRecord(readings=readings(**how), validity=validity)
-    source: Any = SimpleNamespace(
-        base_seed=0, prepare=lambda folder: None, cached=lambda folder: record
-    )
+    loaded = SimpleNamespace(models=readings(**how), read=lambda reading: reading)
+    source: Any = SimpleNamespace(teacher="owl", load=lambda folder: loaded)
+    stored = CheckpointSource.build(source, tmp_path)
+    record = SourceRecord(readings=readings(**how), validity=Validity.from_json(stored["validity"]))
+    assert record.validity == validity
+    source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, cached=lambda folder: record)
     assert select_seeds([source], 1, tmp_path, Execution(only_report=True)) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text
