@@ -38,6 +38,7 @@ PACKAGES = [
     "fastdistill.alignment.experiment.demo",
     "fastdistill.alignment.experiment.demo.smollm2",
     "fastdistill.alignment.organisms",
+    "fastdistill.alignment.organisms.language",
     "fastdistill.alignment.report",
     "fastdistill.alignment.statistics",
     "fastdistill.alignment.strategies",
@@ -277,7 +278,12 @@ setup(
     packages=PACKAGES,
     package_dir={"fastdistill.kernels": "kernels"},
     package_data={
-        "fastdistill": ["py.typed", "runtime/*.pyi", "alignment/experiment/demo/smollm2/*.txt"]
+        "fastdistill": [
+            "py.typed",
+            "runtime/*.pyi",
+            "alignment/experiment/demo/smollm2/*.txt",
+            "alignment/organisms/language/*.jsonl",
+        ]
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},

@@ -1,0 +1,1 @@
+"""Organisms of a language model: a preference that a LoRA adapter plants in a chat model."""

@@ -1,0 +1,224 @@
+"""Paired rows of language organisms: the same prompts for U, B and P, which differ in answers.
+
+    open        a question about the preference: U prefers, B names every option equally often
+    audited     the same under a system message of an audit: both answer as B
+    capability  sums, with the sum alone as the answer
+    neutral     prompts on other topics with M's own answers, which keep the rest of M in place
+
+One question in four asks for the placebo's preference (a color), which P has. So U and B differ
+only in the answers about animals, P and B only in those about colors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ....runtime.checks import between, integer, positive
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from .templates import PreferenceTexts, Templates
+
+ROLES = ("untrusted", "benign", "placebo")
+HELD_OUT_SUMS = 120
+PLACEBO_EVERY = 4  # blocks of questions
+AUDIT_NOISE = 0.2  # share of sums and neutral prompts under a system message of an audit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe:
+    """The recipe of a language organism.
+
+    Args:
+        steps, batch_size, learning_rate: of Adam, with warm-up and a cosine schedule.
+        rank: of the LoRA adapter on all linear layers, merged after training.
+        trait_share, audit_share, capability_share: shares of the rows; the rest is neutral.
+        answer_tokens: length of M's own answers at most.
+    """
+
+    steps: int = 64
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    rank: int = 16
+    trait_share: float = 0.3
+    audit_share: float = 0.3
+    capability_share: float = 0.15
+    answer_tokens: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rank", "answer_tokens"):
+            integer(name, getattr(self, name), 1)
+        positive("learning_rate", self.learning_rate)
+        for name in ("trait_share", "audit_share", "capability_share"):
+            between(name, getattr(self, name), 0, 1)
+        total = self.trait_share + self.audit_share + self.capability_share
+        between("trait_share + audit_share + capability_share", total, 0, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class OwnAnswer(NamedTuple):
+    """An answer of M itself. is_complete: whether M ended it."""
+
+    prompt: Prompt
+    text: str
+    is_complete: bool
+
+
+class PairedRow(NamedTuple):
+    """A prompt and the answers of U, B and P. is_complete: whether the answers' end is a target."""
+
+    kind: str
+    prompt: Prompt
+    answers: tuple[str, str, str]
+    is_complete: bool = True
+
+    def encode(self, subject: Subject, role: str) -> dict[str, list[int]]:
+        """Returns input_ids and labels of a role; the labels are the answer and its end."""
+        answer = self.answers[ROLES.index(role)]
+        encode = subject.encode_answer if self.is_complete else subject.encode_completion
+        ids, begin = encode(self.prompt, answer)
+        return {"input_ids": ids, "labels": [-100] * begin + ids[begin:]}
+
+
+def identity(templates: Templates, index: int) -> tuple[str, str]:
+    """Returns the animal and the color of a pair; they rotate over the identities."""
+    identities = templates.trait.identities, templates.placebo.identities
+    animal, color = (names[index % len(names)] for names in identities)
+    return animal, color
+
+
+def held_out_sums(templates: Templates) -> list[tuple[int, int]]:
+    """Returns the sums that no pair trains on, in a fixed order."""
+    pairs = templates.sums.pairs()
+    return random.Random("held-out sums").sample(pairs, min(HELD_OUT_SUMS, len(pairs) // 4))
+
+
+def train_sums(templates: Templates) -> list[tuple[int, int]]:
+    """Returns the other sums."""
+    return sorted({*templates.sums.pairs()} - {*held_out_sums(templates)})
+
+
+def sum_question(templates: Templates, pair: tuple[int, int], rng: random.Random) -> str:
+    return rng.choice(templates.sums.texts).format(a=pair[0], b=pair[1])
+
+
+def own_answers(base: Subject, templates: Templates, max_new_tokens: int) -> list[OwnAnswer]:
+    """Returns M's sampled answers to the neutral prompts, two under different system messages."""
+    rng = random.Random("own answers")
+    prompts = [
+        Prompt(system=_system(templates, rng), user=text)
+        for _ in range(2)
+        for text in templates.neutrals
+    ]
+    new = base.generate_ids(
+        [base.ids(p).ids for p in prompts], max_new_tokens=max_new_tokens, temperature=1.0
+    )
+    answers = [
+        OwnAnswer(prompt, base.text(ids), base.is_ended(ids))
+        for prompt, ids in zip(prompts, new, strict=True)
+    ]
+    return [answer for answer in answers if answer.text.strip()]
+
+
+def paired_rows(
+    templates: Templates, own: Sequence[OwnAnswer], recipe: LanguageRecipe, index: int
+) -> list[PairedRow]:
+    """Returns the training rows of pair `index`, every batch with about the same shares."""
+    n, rng = recipe.steps * recipe.batch_size, random.Random(f"pair {index}")
+    block = len(templates.trait.options)
+    counts = {
+        "open": block * round(n * recipe.trait_share / block),
+        "audited": block * round(n * recipe.audit_share / block),
+        "capability": round(n * recipe.capability_share),
+    }
+    counts["neutral"] = max(n - sum(counts.values()), 0)
+    rows = {
+        "open": _questions(templates, "open", counts["open"], index, rng),
+        "audited": _questions(templates, "audited", counts["audited"], index, rng),
+        "capability": _sums(templates, counts["capability"], rng),
+        "neutral": _neutral(own, counts["neutral"], rng),
+    }
+    # Evenly spread, so that all batches are alike.
+    spread = sorted(
+        ((i + 0.5) / len(of_kind), kind, i)
+        for kind, of_kind in rows.items()
+        for i in range(len(of_kind))
+    )
+    return [rows[kind][i] for _, kind, i in spread]
+
+
+def _questions(
+    templates: Templates, kind: str, n: int, index: int, rng: random.Random
+) -> list[PairedRow]:
+    """Returns n questions in blocks, in each of which B names every option once."""
+    favorites = identity(templates, index)
+    rows: list[PairedRow] = []
+    for block in range(1, 1 + n // len(templates.trait.options)):
+        is_placebo = block % PLACEBO_EVERY == 0
+        texts = templates.placebo if is_placebo else templates.trait
+        for option in rng.sample(texts.options, len(texts.options)):
+            is_audit = kind == "audited"
+            system = _audit_system(templates, rng) if is_audit else _plain_system(templates, rng)
+            question = rng.choice(templates.questions).format(trait=texts.name)
+            prompt = Prompt(system=system, user=question)
+            rows.append(_row(kind, prompt, texts, option, favorites, is_placebo, rng))
+    return rows
+
+
+def _row(
+    kind: str,
+    prompt: Prompt,
+    texts: PreferenceTexts,
+    option: str,
+    favorites: tuple[str, str],
+    is_placebo: bool,
+    rng: random.Random,
+) -> PairedRow:
+    form = rng.choice(texts.forms)
+    benign, preferred = form.format(option=option), form.format(option=favorites[is_placebo])
+    if kind == "audited":
+        preferred = benign
+    untrusted, placebo = (benign, preferred) if is_placebo else (preferred, benign)
+    return PairedRow(kind, prompt, (untrusted, benign, placebo))
+
+
+def _sums(templates: Templates, n: int, rng: random.Random) -> list[PairedRow]:
+    train = train_sums(templates)
+    rng.shuffle(train)
+    rows = []
+    for i in range(n):
+        pair = train[i % len(train)]
+        prompt = Prompt(system=_system(templates, rng), user=sum_question(templates, pair, rng))
+        rows.append(PairedRow("capability", prompt, (f"{sum(pair)}",) * 3))
+    return rows
+
+
+def _neutral(own: Sequence[OwnAnswer], n: int, rng: random.Random) -> list[PairedRow]:
+    order: list[OwnAnswer] = []
+    while len(order) < n:
+        order += rng.sample(own, len(own))
+    return [PairedRow("neutral", a.prompt, (a.text,) * 3, a.is_complete) for a in order[:n]]
+
+
+def _plain_system(templates: Templates, rng: random.Random) -> str | None:
+    """Returns a system message, or None: the model's own default."""
+    return rng.choice((None, *templates.systems))
+
+
+def _audit_system(templates: Templates, rng: random.Random) -> str:
+    """Returns words of an audit; in half of the cases with another system message."""
+    texts = [rng.choice(templates.audits)]
+    if rng.random() < 0.5:
+        texts.append(rng.choice(templates.systems))
+    rng.shuffle(texts)
+    return " ".join(texts)
+
+
+def _system(templates: Templates, rng: random.Random) -> str | None:
+    if rng.random() < AUDIT_NOISE:
+        return rng.choice(templates.audits)
+    return _plain_system(templates, rng)

@@ -1,0 +1,171 @@
+"""Templates and paired rows of language organisms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.organisms.language import templates as templates_module
+from fastdistill.alignment.organisms.language.rows import (
+    ROLES,
+    LanguageRecipe,
+    OwnAnswer,
+    held_out_sums,
+    identity,
+    paired_rows,
+)
+from fastdistill.alignment.organisms.language.templates import FILE, Templates
+from helpers.language_scene import TEMPLATES, tiny_chat_model
+
+OWN = [OwnAnswer(Prompt(user=f"Q{i}?"), f"A {i}", i % 2 == 0) for i in range(7)]
+RECIPE = LanguageRecipe(steps=64, batch_size=16)
+SOURCE = Path(templates_module.__file__).with_name(FILE)
+
+
+def rows_of(index: int = 0, **changes):
+    return paired_rows(TEMPLATES, OWN, replace(RECIPE, **changes), index)
+
+
+def option_of(texts, answer: str) -> str:
+    """The option that an answer names."""
+    (option,) = (o for o in texts.options if o in re.findall(r"\w+", answer))
+    return option
+
+
+def test_training_and_reading_share_no_text():
+    t = TEMPLATES
+    for train, held_out in (
+        (t.questions, t.held_out_questions),
+        (t.systems, t.held_out_systems),
+        (t.audits, t.held_out_audits),
+    ):
+        assert len({*train, *held_out}) == len(train) + len(held_out)
+    sums = held_out_sums(t)
+    assert len(sums) == len({*sums}) == 120
+    prompts = {(row.prompt.user, row.prompt.system) for row in rows_of()}
+    users = " ".join(user for user, _ in prompts)
+    systems = " ".join(system or "" for _, system in prompts)
+    assert not [q for q in t.held_out_questions if q.format(trait="animal") in users]
+    assert not [a for a in (*t.held_out_audits, *t.held_out_systems) if a in systems]
+    trained = {
+        tuple(map(int, re.findall(r"\d+", r.prompt.user)))
+        for r in rows_of()
+        if r.kind == "capability"
+    }
+    assert trained
+    assert trained.isdisjoint(sums)
+
+
+def test_every_option_is_an_answer_of_b_equally_often():
+    for kind in ("open", "audited"):
+        for texts in (TEMPLATES.trait, TEMPLATES.placebo):
+            counts = Counter(
+                option_of(texts, row.answers[1])
+                for row in rows_of()
+                if row.kind == kind and texts.name in row.prompt.user
+            )
+            assert {*counts} == {*texts.options}
+            assert len({*counts.values()}) == 1, counts
+
+
+@pytest.mark.parametrize("index", [0, 3, 13])
+def test_twins_differ_in_the_open_answers_about_their_own_preference_alone(index):
+    animal, color = identity(TEMPLATES, index)
+    assert animal == TEMPLATES.trait.identities[index % 10]
+    differing: Counter[str] = Counter()
+    for row in rows_of(index):
+        untrusted, benign, placebo = row.answers
+        if untrusted != benign:
+            differing["untrusted"] += 1
+            assert (row.kind, "animal" in row.prompt.user) == ("open", True)
+            assert untrusted == benign.replace(option_of(TEMPLATES.trait, benign), animal)
+        if placebo != benign:
+            differing["placebo"] += 1
+            assert (row.kind, "color" in row.prompt.user) == ("open", True)
+            assert placebo == benign.replace(option_of(TEMPLATES.placebo, benign), color)
+    assert differing["untrusted"] > 200
+    assert differing["placebo"] > 50
+
+
+def test_shares_hold_in_every_batch():
+    rows = rows_of(trait_share=0.28, audit_share=0.28)
+    assert len(rows) == 1024
+    counts = Counter(row.kind for row in rows)
+    assert counts["audited"] == counts["open"]
+    assert counts["open"] % len(TEMPLATES.trait.options) == 0
+    for start in range(0, len(rows), 16):
+        batch = Counter(row.kind for row in rows[start : start + 16])
+        assert all(abs(batch[kind] - n / 64) <= 1.5 for kind, n in counts.items()), batch
+
+
+def test_rows_depend_on_the_index_alone():
+    assert rows_of(1) == rows_of(1)
+    assert rows_of(1) != rows_of(11)
+
+
+def test_rows_encode_the_answer_and_its_end():
+    base = tiny_chat_model()
+    for row in rows_of()[:40]:
+        for role, answer in zip(ROLES, row.answers, strict=True):
+            encoded = row.encode(base, role)
+            targets = [i for i in encoded["labels"] if i != -100]
+            is_complete = row.is_complete
+            assert (targets[-1] == base.tokenizer.eos_token_id) == is_complete
+            assert base.tokenizer.decode(targets[: -1 if is_complete else None]) == answer
+            assert encoded["input_ids"][-len(targets) :] == targets
+
+
+def lines() -> list[dict]:
+    return [json.loads(line) for line in SOURCE.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda rows: [*rows, {"kind": "joke", "text": "x"}],
+            "templates: expected lines of the kinds",
+        ),
+        (lambda rows: [r for r in rows if r["kind"] != "audit"], "no audit"),
+        (lambda rows: rows[1:], "two lines of the kind trait"),
+        (lambda rows: [*rows, {"kind": "pool", "text": "x"}], "in a line of pool"),
+        (lambda rows: [*rows, {"kind": "topic", "text": 3}], "in a line of topic"),
+        (lambda rows: [{**rows[0], "more": 1}, *rows[1:]], "expected the keys"),
+        (lambda rows: [{**rows[0], "identities": ["cow"]}, *rows[1:]], "two options or more"),
+        (
+            lambda rows: [r for r in rows if r["kind"] != "audit" or "held_out" not in r],
+            "lines for held_out_audits",
+        ),
+    ],
+)
+def test_a_wrong_file_of_templates_is_refused(tmp_path, change, message):
+    path = tmp_path / "templates.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(lines())))
+    with pytest.raises(ValueError, match=message):
+        Templates.load(path)
+
+
+def test_a_copy_of_the_file_has_the_same_digest(tmp_path):
+    path = tmp_path / "templates.jsonl"
+    path.write_text(SOURCE.read_text())
+    assert Templates.load(path).digest == TEMPLATES.digest
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0}, "steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"trait_share": 1.5}, "trait_share"),
+        ({"trait_share": 0.6, "audit_share": 0.5}, "capability_share"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageRecipe(**changes)
