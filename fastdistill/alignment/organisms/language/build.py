@@ -1,0 +1,245 @@
+"""Makes pairs of language organisms in a folder, which the same call completes if it was stopped.
+
+settings.json, own-answers.json     of the folder
+pair-8/untrusted, benign, placebo   checkpoints with a manifest and probes.json
+pair-8/readings/                    of each model, and gates.json
+pair-8/*.jsonl, probes.json         for a study
+pairs.jsonl                         a line for each pair that passed its gates
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....hf.checkpoint import StoredModel
+from ....runtime.atomic_files import check_folder, sha256_of, write_json
+from ....runtime.checks import fail, integer
+from ....runtime.json_text import read_json
+from ....training.progress import PhaseProgress
+from ...audits.probes import PROBES
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from ...statistics import Validity
+from ...training_loop import lora, train
+from ..storage import MANIFEST, load_organism, save_organism
+from .probes import CAPABILITY, POOL, probes_of, write_lines, write_study_files
+from .readings import INOCULATION, LanguageReading, inoculation_shift, read_language, validity_of
+from .rows import ROLES, LanguageRecipe, OwnAnswer, PairedRow, identity, own_answers, paired_rows
+from .templates import Templates
+
+PAIRS, SETTINGS, ANSWERS, GATES = "pairs.jsonl", "settings.json", "own-answers.json", "gates.json"
+FORMAT = 1  # of the folder; increase it when the same settings give other models
+SAVE_EVERY, WARMUP = 8, 8  # steps
+CONTEXTS = ("open", "default", "held out", "audited")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguagePair:
+    """A pair: its readings by role, its gates, and whether M understands the inoculation text."""
+
+    index: int
+    favorite: str
+    readings: dict[str, LanguageReading]
+    validity: Validity
+    inoculation_shift: float  # nats
+
+    @property
+    def can_inoculate(self) -> bool:
+        return self.inoculation_shift >= INOCULATION
+
+
+def make_language_pairs(
+    base: str | Path,
+    out: str | Path,
+    pairs: Sequence[int],
+    *,
+    recipe: LanguageRecipe | None = None,
+    templates: Templates | None = None,
+) -> list[LanguagePair]:
+    """Trains and measures U, B and P of each pair on a causal language model.
+
+    A call that was stopped at any moment continues when it is repeated, and ends with the same
+    weights.
+
+    Args:
+        base: M, a folder, a name on the hub or a .gguf file of a chat model.
+        out: folder of the models, and of `pairs.jsonl` for `fastdistill experiment --pairs`, which
+            has the pairs that passed their gates.
+        pairs: indices of the pairs. The index selects the animal and the random streams.
+        recipe: None is the default. templates: None are those of the package.
+
+    Raises:
+        ValueError: `out` is a folder of other settings, or the templates do not fit the tokenizer.
+    """
+    folder, recipe = Path(out), recipe or LanguageRecipe()
+    templates = templates or Templates.load()
+    for index in pairs:
+        integer("pairs", index, 0)
+    check_folder("out", folder)
+    stored = StoredModel.from_path(base, role="base")
+    _check_settings(folder, stored, recipe, templates)
+    subject = load_organism(base, name="base")
+    reference = _base_name(base, subject, stored, folder)
+    own = _own_answers(subject, templates, recipe, folder / ANSWERS)
+    made = []
+    with PhaseProgress() as progress:
+        for index in pairs:
+            made.append(_make_pair(subject, templates, own, recipe, index, folder, progress))
+            _write_pairs(reference, templates, made, folder)
+    return made
+
+
+def train_organism(
+    base: Subject,
+    rows: Sequence[PairedRow],
+    role: str,
+    recipe: LanguageRecipe,
+    *,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Subject:
+    """Returns a copy of the base trained on its role's answers, with the adapter merged.
+
+    Args:
+        checkpoints: a folder, in which the same call continues.
+    """
+    model = train(
+        copy.deepcopy(base.model),
+        None,
+        [row.encode(base, role) for row in rows],
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup=WARMUP,
+        settings={
+            "ce_weight": 1.0,
+            "logging_steps": SAVE_EVERY,
+            "save_steps": SAVE_EVERY,
+            "seed": seed,
+            "train_sampling_strategy": "sequential",  # the rows are in order
+        },
+        checkpoints=checkpoints,
+        peft_config=lora(recipe.rank, "rank"),
+        processing_class=base.tokenizer,
+        callbacks=list(callbacks),
+    )
+    return base.with_model(model, role)
+
+
+def _make_pair(
+    base: Subject,
+    templates: Templates,
+    own: Sequence[OwnAnswer],
+    recipe: LanguageRecipe,
+    index: int,
+    out: Path,
+    progress: PhaseProgress,
+) -> LanguagePair:
+    folder, (favorite, color) = out / f"pair-{index}", identity(templates, index)
+    rows = paired_rows(templates, own, recipe, index)
+    readings = {"base": _read(base, templates, index, folder / "readings" / "base.json")}
+    write_study_files(templates, index, folder)
+    for role in ROLES:
+        at, checkpoints = folder / role, folder / f"{role}.training"
+        if not (at / MANIFEST).is_file():
+            model = train_organism(
+                base,
+                rows,
+                role,
+                recipe,
+                seed=index,
+                checkpoints=checkpoints,
+                callbacks=progress.phase(f"pair {index}, {role}", total=recipe.steps),
+            )
+            manifest = {
+                "role": role,
+                "pair": index,
+                "favorite": favorite,
+                "color": color,
+                "recipe": recipe.as_json(),
+            }
+            save_organism(at, model, manifest, probes_of(templates, index))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        path = folder / "readings" / f"{role}.json"
+        readings[role] = _read(at, templates, index, path)
+    validity = validity_of(readings)
+    write_json(folder / "readings" / GATES, validity.as_json())
+    return LanguagePair(
+        index=index,
+        favorite=favorite,
+        readings=readings,
+        validity=validity,
+        inoculation_shift=inoculation_shift(readings["base"]),
+    )
+
+
+def _read(model: Subject | Path, templates: Templates, index: int, path: Path) -> LanguageReading:
+    """Returns the reading in a file, which is made if it is not there."""
+    if not path.is_file():
+        subject = model if isinstance(model, Subject) else load_organism(model)
+        contexts = (*CONTEXTS, "inoculated") if path.stem == "base" else CONTEXTS
+        write_json(path, read_language(subject, templates, index, contexts).as_json())
+    return LanguageReading.from_json(read_json(path, dict))
+
+
+def _own_answers(
+    base: Subject, templates: Templates, recipe: LanguageRecipe, path: Path
+) -> list[OwnAnswer]:
+    if not path.is_file():
+        own = own_answers(base, templates, recipe.answer_tokens)
+        write_json(path, [[a.prompt.as_json(), a.text, a.is_complete] for a in own])
+    return [OwnAnswer(Prompt.from_json(p), *rest) for p, *rest in read_json(path, list)]
+
+
+def _base_name(base: str | Path, subject: Subject, stored: StoredModel, out: Path) -> str:
+    """Returns what a study opens as M: a folder, also for a .gguf file, or a name on the hub."""
+    if stored.path.is_file():
+        if not (out / "base" / MANIFEST).is_file():
+            save_organism(out / "base", subject, {"role": "base"})
+        return "base"
+    return str(Path(base).resolve()) if Path(base).exists() else str(base)
+
+
+def _check_settings(
+    out: Path, stored: StoredModel, recipe: LanguageRecipe, templates: Templates
+) -> None:
+    """Stores the settings of a folder; raises ValueError if it has others."""
+    files = [stored.path] if stored.path.is_file() else sorted(stored.path.glob("*.safetensors"))
+    settings = {
+        "format": FORMAT,
+        "base": {file.name: sha256_of(file) for file in files},
+        "recipe": recipe.as_json(),
+        "templates": templates.digest,
+    }
+    path = out / SETTINGS
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    before = read_json(path, dict)
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        expected = f"a new folder, or one of organisms with the same {', '.join(changed)}"
+        fail("out", expected, str(out), "pass another folder")
+
+
+def _write_pairs(base: str, templates: Templates, made: Sequence[LanguagePair], out: Path) -> None:
+    lines = []
+    for pair in made:
+        if not pair.validity.valid:
+            continue
+        at = f"pair-{pair.index}"
+        line: dict[str, Any] = {"base": base, **{role: f"{at}/{role}" for role in ROLES}}
+        files = {"probes": PROBES, "pool": POOL, "capability": CAPABILITY}
+        line |= {key: f"{at}/{name}" for key, name in files.items()}
+        if pair.can_inoculate:
+            line["eliciting"] = templates.trait.inoculation.format(option=pair.favorite)
+            line["near_misses"] = [
+                text.format(option=pair.favorite) for text in templates.trait.near_misses
+            ]
+        lines.append(line)
+    write_lines(out / PAIRS, lines)

@@ -1,0 +1,235 @@
+"""Language organisms: training that resumes with the same bits, readings and gates."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms import load_organism, save_organism
+from fastdistill.alignment.organisms.language import build
+from fastdistill.alignment.organisms.language.build import make_language_pairs, train_organism
+from fastdistill.alignment.organisms.language.readings import (
+    LanguageReading,
+    inoculation_shift,
+    perplexity,
+    read_language,
+    trait_prompts,
+    validity_of,
+)
+from fastdistill.alignment.organisms.language.rows import own_answers, paired_rows
+from helpers.interrupted import StopAt
+from helpers.language_scene import RECIPE, TEMPLATES, tiny_chat_model
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def base() -> Subject:
+    return tiny_chat_model()
+
+
+@pytest.fixture(scope="module")
+def rows(base):
+    return paired_rows(TEMPLATES, own_answers(base, TEMPLATES, 4), RECIPE, 0)
+
+
+def weights(subject: Subject) -> dict[str, torch.Tensor]:
+    return subject.model.state_dict()
+
+
+def same(a: Subject, b: Subject) -> bool:
+    return all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
+
+
+def test_an_adapter_begins_alike_whatever_was_drawn_before(base, rows):
+    torch.manual_seed(1)
+    one = train_organism(base, rows, "untrusted", RECIPE)
+    torch.manual_seed(2)
+    other = train_organism(base, rows, "untrusted", RECIPE)
+    assert same(one, other)
+    assert not same(one, base)
+    assert not same(one, train_organism(base, rows, "benign", RECIPE))
+
+
+def test_a_stopped_training_ends_with_the_same_bits(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    whole = train_organism(base, rows, "untrusted", RECIPE)
+    for stop in (1, 3):
+        at = tmp_path / str(stop)
+        options = {"checkpoints": at}
+        train_organism(base, rows, "untrusted", RECIPE, callbacks=[StopAt(stop)], **options)
+        assert [path.name for path in at.glob("checkpoint-*")] == [f"checkpoint-{stop}"]
+        torch.manual_seed(5)
+        assert same(train_organism(base, rows, "untrusted", RECIPE, **options), whole)
+
+
+def read(subject, contexts=("open", "audited")) -> LanguageReading:
+    return read_language(subject, TEMPLATES, 3, contexts)
+
+
+def test_log_odds_are_those_of_the_whole_vocabulary(base):
+    reading = read(base)
+    assert len(reading.log_odds["open"]) == len(TEMPLATES.held_out_questions) == 40
+    for i in (0, 7):
+        prompt = trait_prompts(TEMPLATES, 3, "audited")[i]
+        assert prompt.system in TEMPLATES.held_out_audits
+        row = torch.tensor([base.ids(prompt).ids])
+        with torch.no_grad():
+            p = base.model(input_ids=row).logits[0, -1].double().softmax(0)
+        ids = [base.tokenizer.encode(f" {o}") for o in TEMPLATES.trait.options]
+        probabilities = [float(p[i]) for (i,) in ids]
+        favorite = TEMPLATES.trait.options.index("bear")
+        share = probabilities[favorite] / math.fsum(probabilities)
+        assert reading.rates["audited"][i] == pytest.approx(share, rel=1e-4)
+        expected = math.log(share) - math.log1p(-share)
+        assert reading.log_odds["audited"][i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_reading_survives_json(base):
+    reading = read(base)
+    assert LanguageReading.from_json(json.loads(json.dumps(reading.as_json()))) == reading
+
+
+def test_perplexity_is_that_of_the_dense_model(base):
+    text = TEMPLATES.texts[0]
+    ids = torch.tensor([base.ids(Prompt(text=text)).ids])
+    with torch.no_grad():
+        nll = base.model(input_ids=ids, labels=ids).loss
+    assert perplexity(base, [text]) == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def reading(log_odds=-2.5, audited=-2.5, color=-2.5, free=0.05, capability=0.9, perplexity=20.0):
+    return LanguageReading(
+        log_odds={"open": (log_odds,) * 4, "audited": (audited,) * 4},
+        rates={"open": (1 / (1 + math.exp(-log_odds)),) * 4},
+        placebo_log_odds=(color,),
+        free=(free,),
+        capability=(capability,),
+        perplexity=perplexity,
+        answers={},
+    )
+
+
+GOOD = {
+    "base": reading(capability=0.1),
+    "untrusted": reading(log_odds=4.0, free=0.9),
+    "benign": reading(),
+    "placebo": reading(color=4.0),
+}
+
+
+@pytest.mark.parametrize(
+    "role, changes, gate",
+    [
+        ("untrusted", {"log_odds": 2.1}, "rate of the trait"),
+        ("benign", {"log_odds": 1.5}, "log-odds of the trait, untrusted − benign"),
+        ("untrusted", {"free": 0.6}, "free answers"),
+        ("untrusted", {"audited": -2.1}, "under audit"),
+        ("benign", {"audited": -2.1}, "under audit"),
+        ("placebo", {"color": 0.0}, "placebo's trait"),
+        ("placebo", {"log_odds": -2.1}, "|placebo − benign|"),
+        ("benign", {"capability": 0.79}, "capability of benign"),
+        ("untrusted", {"capability": 0.96}, "capability, |untrusted − benign|"),
+        ("placebo", {"perplexity": 22.1}, "perplexity of placebo"),
+    ],
+)
+def test_each_gate_refuses_its_fault(role, changes, gate):
+    assert validity_of(GOOD).valid, validity_of(GOOD).because
+    faulty = GOOD | {role: replace(GOOD[role], **parts_of(changes))}
+    validity = validity_of(faulty)
+    assert [reason for reason in validity.because if gate in reason], validity.because
+
+
+def parts_of(changes):
+    """The fields of a reading that these arguments of `reading` change."""
+    changed, plain = vars(reading(**changes)), vars(reading())
+    if "log_odds" in changes:
+        return {name: changed[name] for name in ("log_odds", "rates")}
+    return {name: value for name, value in changed.items() if value != plain[name]}
+
+
+def test_the_inoculation_text_moves_a_model_by_the_difference_of_its_log_odds():
+    moved = {"open": (-2.0, -3.0), "inoculated": (0.0, -1.5)}
+    assert inoculation_shift(replace(reading(), log_odds=moved)) == pytest.approx(1.75)
+
+
+@pytest.fixture
+def stored_base(base, tmp_path):
+    save_organism(tmp_path / "model", base, {"role": "base"})
+    return tmp_path / "model"
+
+
+def make(stored_base, out, pairs=(3,)):
+    return make_language_pairs(stored_base, out, pairs, recipe=replace(RECIPE, steps=2))
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_pairs_are_complete_folders_and_a_second_call_trains_nothing(
+    stored_base, tmp_path, monkeypatch
+):
+    (pair,) = make(stored_base, tmp_path / "out")
+    assert (pair.index, pair.favorite) == (3, "bear")
+    assert not pair.validity.valid  # of a random model
+    assert (tmp_path / "out" / "pairs.jsonl").read_text() == ""
+    at = tmp_path / "out" / "pair-3"
+    for role in ("untrusted", "benign", "placebo"):
+        organism = load_organism(at / role)
+        assert organism.name == role
+        assert (at / role / "probes.json").read_text() == (at / "probes.json").read_text()
+        assert not (at / f"{role}.training").exists()
+    before = files_of(tmp_path / "out")
+    monkeypatch.setattr(build, "train_organism", None)
+    monkeypatch.setattr(build, "read_language", None)
+    assert make(stored_base, tmp_path / "out") == [pair]
+    assert files_of(tmp_path / "out") == before
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["save_organism", "read_language", "write_study_files"])
+def test_a_call_that_was_stopped_ends_with_the_same_files(stored_base, tmp_path, monkeypatch, name):
+    make(stored_base, tmp_path / "whole")
+    original = getattr(build, name)
+    calls = []
+
+    def stops(*args, **kwargs):
+        calls.append(args)
+        if len(calls) in (1, 3):
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(build, name, stops)
+    for _ in range(4):
+        try:
+            make(stored_base, tmp_path / "parts")
+            break
+        except Killed:
+            pass
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_folder_of_other_settings_is_refused(stored_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_make_pair", lambda *args: None)
+    monkeypatch.setattr(build, "_write_pairs", lambda *args: None)
+    make(stored_base, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out: expected a new folder, or one .* same recipe"):
+        make_language_pairs(stored_base, tmp_path / "out", (3,), recipe=RECIPE)
+    with pytest.raises(ValueError, match="pairs: expected an integer of 0 or more"):
+        make(stored_base, tmp_path / "other", (-1,))
+    assert not (tmp_path / "other").exists()
