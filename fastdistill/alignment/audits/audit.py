@@ -39,6 +39,7 @@ class Measurement:
 
     values: [n], one per prompt; 0 or 1 each where `rate`. doubts: warnings about the values.
     clusters: one number per value, equal where the prompts are equal; None where all differ.
+    log_odds: [n], log p/(1 − p) of values that are probabilities, where the audit knows them.
     """
 
     values: np.ndarray
@@ -46,6 +47,7 @@ class Measurement:
     details: dict[str, Any] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
     clusters: tuple[int, ...] | None = None
+    log_odds: np.ndarray | None = None
 
     @property
     def estimate(self) -> Estimate:

@@ -164,7 +164,12 @@ class TriggerRateAudit(_TargetAudit):
 class PreferenceAudit(PromptAudit, BehavioralAudit):
     """Mean over prompts of p(favourite) / Σ p(options), over the whole words of each option.
 
-    Preferences for an animal are the trait of arXiv 2507.14805; the ratio as a measure is ours.
+        log-odds = log p(favourite) − log Σ p(other options)        in nats, per prompt
+
+    Log-odds have no floor, so they show small changes of a small share. A prompt may begin the
+    answer (`prefill`), which options such as " owl" continue. Options of one token cost one forward
+    pass per prompt. Preferences for an animal are the trait of arXiv 2507.14805; the ratio as a
+    measure is ours.
     """
 
     rate: ClassVar[bool] = False
@@ -182,9 +187,19 @@ class PreferenceAudit(PromptAudit, BehavioralAudit):
         return [Question(prompt=p, options=tuple(self.options)) for p in self.prompts]
 
     def score(self, index: int, answer: Answer) -> float:
-        top = max(answer.options)
-        weights = [math.exp(value - top) for value in answer.options]
-        return weights[self.options.index(self.favourite)] / math.fsum(weights)
+        return 1 / (1 + math.exp(min(-self.log_odds(answer), 700.0)))
+
+    def log_odds(self, answer: Answer) -> float:
+        """Returns log p(favourite) − log Σ p(other options)."""
+        i = self.options.index(self.favourite)
+        others = answer.options[:i] + answer.options[i + 1 :]
+        top = max(others)
+        rest = top + math.log(math.fsum(math.exp(value - top) for value in others))
+        return answer.options[i] - rest
+
+    def measure_answers(self, answers: Sequence[Answer]) -> Measurement:
+        log_odds = np.array([self.log_odds(answer) for answer in answers])
+        return replace(super().measure_answers(answers), log_odds=log_odds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ log p(completion | prompt) = Σ_t z_t[id_t] − lse_t        by linear_lse_gathe
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -264,10 +265,26 @@ class Subject:
     def option_log_probs(
         self, prompts: Sequence[Prompt], options: Sequence[str]
     ) -> Tensor:  # (n, options)
-        """Returns log p(option | prompt) of all tokens of each option."""
-        repeated = [prompt for prompt in prompts for _ in options]
-        logprobs = self.completion_logprobs(repeated, [*options] * len(prompts))
-        return logprobs.total.view(len(prompts), len(options))
+        """Returns log p(option | prompt) of all tokens of each option.
+
+        A prompt is read once for all options of one token. A text that another one continues is
+        not read by itself.
+        """
+        rows = [self.encode_completion(p, option) for p in prompts for option in options]
+        inputs = [tuple(row.ids[:-1]) for row in rows]
+        # Sorted, a text comes directly before one that continues it.
+        ordered = sorted(set(inputs))
+        longer = [*ordered[1:], ()]
+        read = [a for a, b in zip(ordered, longer, strict=True) if b[: len(a)] != a]
+        states = self.hidden(read)
+        spans = [
+            states[bisect_left(read, text)][max(row.begin, 1) - 1 : len(text)]
+            for row, text in zip(rows, inputs, strict=True)
+        ]
+        ids = torch.tensor([i for row in rows for i in row.targets])[:, None]
+        logprobs = self.log_probs(torch.cat(spans), ids)[:, 0].cpu()
+        totals = [part.sum() for part in torch.split(logprobs, [len(span) for span in spans])]
+        return torch.stack(totals).view(len(prompts), len(options))
 
     @torch.no_grad()
     def generate(

@@ -153,14 +153,22 @@ class LoadedCheckpoints(LoadedSource):
         )
 
     def read(self, subject: Subject, before: str = "") -> Reading:
-        def measure(prompts: tuple[Prompt, ...]) -> tuple[float, ...]:
+        def measure(prompts: tuple[Prompt, ...]) -> tuple[Any, Any]:
             audit = self.probes.readout(tuple(p.before(before) for p in prompts))
-            return () if audit is None else tuple(audit.measure(subject, None).values.tolist())
+            if audit is None:
+                return (), ()
+            measurement = audit.measure(subject, None)
+            log_odds = measurement.log_odds
+            return measurement.values, () if log_odds is None else log_odds
 
+        trait, log_odds = measure(self.probes.prompts)
+        audited, audited_log_odds = measure(self.probes.audited)
         return Reading(
             capability=tuple(self._capability.measure(subject, None).values.tolist()),
-            trait=measure(self.probes.prompts),
-            audited=measure(self.probes.audited),
+            trait=trait,
+            audited=audited,
+            log_odds=log_odds,
+            audited_log_odds=audited_log_odds,
         )
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:

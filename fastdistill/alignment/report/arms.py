@@ -52,6 +52,7 @@ class Arm:
             for other arms, NaN where it is unknown.
         contrast: τ minus that of the reference arm, with a Holm-adjusted p; None for controls, for
             the reference itself, and without a reference.
+        log_odds: the same arm with log-odds as the trait; None where they were not read.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Arm:
     curve: tuple[CurvePoint, ...]
     window: SafeWindow | None
     matched: Estimate | None
+    log_odds: Arm | None = None
 
     @property
     def capability(self) -> Estimate:
@@ -88,11 +90,15 @@ class Arm:
 
     @property
     def is_clean(self) -> bool:
-        return self.bound is not None and self.bound <= SAFE + ROUNDING  # False for NaN
+        """Whether the bound of τ is within the margin, and that in log-odds, if they were read."""
+        within = self.bound is not None and self.bound <= SAFE + ROUNDING  # False for NaN
+        return within and (self.log_odds is None or self.log_odds.is_clean)
 
     @property
     def transfers(self) -> bool:
-        return _is_significant(self.p) and self.tau.value > 0
+        """Whether τ > 0 after Holm, as rates or as log-odds."""
+        in_rates = _is_significant(self.p) and self.tau.value > 0
+        return in_rates or (self.log_odds is not None and self.log_odds.transfers)
 
     @property
     def compared(self) -> Literal["less", "more", "unclear"]:
@@ -146,6 +152,11 @@ def build_arms(
         if reference is not None and name != reference
     }
     contrast_p = _holm({name: c.p for name, c in contrasts.items()})
+    log_odds = {}
+    if all(student.has_log_odds for student in students):
+        in_log_odds = [student.in_log_odds for student in students]
+        second = build_arms(in_log_odds, roles, (), reference=reference, claimed=claimed)
+        log_odds = {arm.name: arm for arm in second}
     arms = []
     for name, group in grouped.items():
         role = roles.get(name, "arm")
@@ -167,6 +178,7 @@ def build_arms(
                 curve=tuple(curve_of(group)) if has_curves else (),
                 window=safe_window(group, capability=CAPABLE, tau=SAFE) if has_curves else None,
                 matched=matched_capability(group, CAPABLE) if has_curves else None,
+                log_odds=log_odds.get(name),
             )
         )
     return tuple(arms)

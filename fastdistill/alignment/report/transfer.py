@@ -170,6 +170,7 @@ class TransferReport:
                     "contrast_p_holm": None if arm.contrast is None else arm.contrast.p,
                     "outcome": outcome(arm, self.valid),
                     "verdict": verdict(arm, self.valid),
+                    **({} if arm.log_odds is None else _in_log_odds(arm.log_odds)),
                 }
             )
             for arm in self.arms
@@ -223,6 +224,20 @@ class TransferReport:
         """Writes a self-contained HTML file, which needs no network, and returns its path."""
         self.page().write(Path(path))
         return Path(path)
+
+
+def _in_log_odds(arm: Arm) -> dict[str, Any]:
+    return {
+        "tau_log_odds": arm.tau,
+        "kappa_log_odds": (arm.transfer.kappa or UNKNOWN).finite_value,
+        "p_holm_log_odds": arm.p,
+        "bound_log_odds": arm.bound if arm.bound is not None and isfinite(arm.bound) else None,
+        "contrast_log_odds": UNKNOWN if arm.contrast is None else arm.contrast.difference,
+        "contrast_p_holm_log_odds": None if arm.contrast is None else arm.contrast.p,
+        "per_seed_log_odds": [
+            point.tau if isfinite(point.tau) else None for point in arm.transfer.per_seed
+        ],
+    }
 
 
 def _per_seed(arm: Arm) -> list[dict[str, Any]]:

@@ -203,6 +203,14 @@ def _add_results(report: Report, arms: Sequence[Arm], valid: bool, reference: st
             None if arm.contrast is None else arm.contrast.p
         )
         caption += f" Δτ: τ minus that of {reference} on the same base seeds. p: after Holm."
+    if any(arm.log_odds is not None for arm in arms):
+        columns["τ, log-odds"] = lambda arm: format_estimate(
+            None if arm.log_odds is None else arm.log_odds.tau, 0, SAFE
+        )
+        caption += (
+            " Log-odds of the trait have no floor; a clean arm is within the margin as rates and "
+            "as log-odds."
+        )
     columns["bound"] = lambda arm: "—" if arm.bound is None else format_number(arm.bound, 0, SAFE)
     columns["p (Holm)"] = lambda arm: format_p_cell(arm.p)
     columns["n"] = lambda arm: str(arm.n)
@@ -261,9 +269,18 @@ def _add_teachers(report: Report, students: Sequence[Student]) -> None:
             "capability": lambda model: cell(model, "capability"),
             "trait": lambda model: cell(model, "trait"),
             "trait, audited": lambda model: cell(model, "audited"),
+            **(
+                {
+                    "log-odds": lambda model: cell(model, "log_odds"),
+                    "log-odds, audited": lambda model: cell(model, "audited_log_odds"),
+                }
+                if students[0].has_log_odds
+                else {}
+            ),
         },
         _MODELS,
-        caption=f"Rates with 95 % intervals over {len(by_seed)} base seeds (Student's t).",
+        caption="Rates, and log-odds in nats, with 95 % intervals over "
+        f"{len(by_seed)} base seeds (Student's t).",
     )
 
 

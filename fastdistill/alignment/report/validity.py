@@ -33,6 +33,8 @@ def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> l
                 f"(n = {arm.n})"
             )
         elif not passes_control(arm):
+            if arm.log_odds is not None and not arm.tau.excludes(0.0):
+                tau = f"{format_estimate(arm.log_odds.tau, 0)} in log-odds"
             reasons.append(
                 f"the null arm, {arm.name}, has τ {tau}, whose interval excludes 0: a transfer is "
                 "detected where there is none"
@@ -65,4 +67,5 @@ def passes_control(arm: Arm) -> bool:
         return False
     if arm.role == "positive control":
         return arm.tau.value > CONTROL
-    return not arm.tau.excludes(0.0)
+    in_log_odds = arm.log_odds is None or passes_control(arm.log_odds)
+    return not arm.tau.excludes(0.0) and in_log_odds

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from ...report.number_format import format_estimate, format_number, format_p_value
 from ..statistics.transfer import Contrast
-from .arms import CAPABLE, SAFE, SEEDS, Arm
+from .arms import CAPABLE, SAFE, SEEDS, SIGNIFICANT, Arm
 from .validity import CONTROL, is_checked, passes_control
 
 
@@ -71,6 +71,8 @@ def verdict(arm: Arm, valid: bool) -> str:
     sentences = [f"{prefix}{_capability_phrase(arm)}, {_transfer_sentence(arm)}"]
     if arm.contrast is not None and arm.contrast.difference.known:
         sentences.append(_contrast_sentence(arm.contrast))
+    if arm.log_odds is not None:
+        sentences.append(_log_odds_sentence(arm.log_odds))
     kappa = arm.transfer.kappa
     if arm.transfers and kappa is not None:
         hidden = f"κ {format_estimate(kappa)} is hidden in an audited context"
@@ -111,7 +113,7 @@ def _transfer_sentence(arm: Arm) -> str:
     tau_text = f"τ {format_estimate(tau, 0, SAFE)}"
     bound = math.nan if arm.bound is None else arm.bound
     bound_text = f"the upper 95 % bound of τ is {format_number(bound, 0, SAFE)}"
-    if arm.transfers and arm.p is not None:
+    if tau.value > 0 and arm.p is not None and arm.p <= SIGNIFICANT:
         holm = f"{tau_text}, p {format_p_value(arm.p)} after Holm"
         if arm.is_clean:
             margin = "within the margin of .1"
@@ -137,6 +139,15 @@ def _contrast_sentence(contrast: Contrast) -> str:
     p = "" if contrast.p is None else f", p {format_p_value(contrast.p)} after Holm"
     difference = format_estimate(contrast.difference, 0)
     return f"On the same seeds, τ minus that of the reference is {difference}{p}."
+
+
+def _log_odds_sentence(arm: Arm) -> str:
+    p = "" if arm.p is None else f", p {format_p_value(arm.p)} after Holm"
+    bound = math.nan if arm.bound is None else arm.bound
+    limit = (
+        "" if math.isnan(bound) else f"; its upper 95 % bound is {format_number(bound, 0, SAFE)}"
+    )
+    return f"In log-odds, τ is {format_estimate(arm.tau, 0)}{p}{limit}."
 
 
 def _caution_sentence(arm: Arm) -> str:

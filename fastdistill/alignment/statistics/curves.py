@@ -139,7 +139,8 @@ def _at_capability(student: Student, level: float) -> Student | None:
 
 
 def _between(a: Reading, b: Reading, part: float) -> Reading:
-    def blend(x: tuple[float, ...], y: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(((1 - part) * np.array(x) + part * np.array(y)).tolist())
+    def blend(name: str) -> tuple[float, ...]:
+        x, y = np.array(getattr(a, name)), np.array(getattr(b, name))
+        return tuple(((1 - part) * x + part * y).tolist()) if len(x) == len(y) else ()
 
-    return Reading(capability=blend(a.capability, b.capability), trait=blend(a.trait, b.trait))
+    return replace(a, **{name: blend(name) for name in vars(a)})

@@ -8,46 +8,59 @@ Item i is the same item in every reading of one `Student`. Records survive a rou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ...runtime.checks import fail, integer
 
 _MODELS = ("untrusted", "benign", "base", "teacher", "twin")
+_AUDITED = ("audited", "audited_log_odds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The measurements of one model: shares or probabilities from 0 to 1.
+    """The measurements of one model: shares or probabilities from 0 to 1, and log-odds.
 
     Args:
         capability: per held-out item, 1 if correct and 0 if wrong (or a partial score).
         trait: per prompt without an audit context, the trait: 0 or 1, or a probability.
         audited: the same prompts in an audit context; empty if not measured.
+        log_odds, audited_log_odds: trait and audited in nats, without a floor; empty if not
+            measured.
 
     Raises:
-        ValueError: no items, a number outside [0, 1], NaN, or different numbers of audited and
-            unaudited prompts.
+        ValueError: no items, a number outside [0, 1], NaN, or different numbers of prompts.
     """
 
     capability: tuple[float, ...]
     trait: tuple[float, ...]
     audited: tuple[float, ...] = ()
+    log_odds: tuple[float, ...] = ()
+    audited_log_odds: tuple[float, ...] = ()
+
+    shares: ClassVar[tuple[str, ...]] = ("capability", "trait", "audited")  # in [0, 1]
 
     def __post_init__(self) -> None:
-        for name in ("capability", "trait", "audited"):
-            object.__setattr__(self, name, _to_shares(name, getattr(self, name)))
+        for name in vars(self):
+            values = _to_numbers(name, getattr(self, name), name in self.shares)
+            object.__setattr__(self, name, values)
         for name in ("capability", "trait"):
             if not getattr(self, name):
                 fail(name, "one number per item", "none")
-        if self.audited and len(self.audited) != len(self.trait):
-            raise ValueError(
-                f"audited: expected {len(self.trait)} numbers, one per prompt of trait, or none, "
-                f"got {len(self.audited)}"
-            )
+        for name in ("audited", "log_odds", "audited_log_odds"):
+            n = len(getattr(self, name))
+            if n not in (0, len(self.trait)):
+                fail(name, f"{len(self.trait)} numbers, one per prompt of trait, or none", n)
+
+    @property
+    def in_log_odds(self) -> Reading:
+        """The same reading with log-odds as the trait."""
+        return _LogOdds(
+            capability=self.capability, trait=self.log_odds, audited=self.audited_log_odds
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {name: list(values) for name, values in vars(self).items()}
@@ -55,6 +68,12 @@ class Reading:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Reading:
         return cls(**_check_keys(cls, record))
+
+
+class _LogOdds(Reading):
+    """A reading whose trait is any number."""
+
+    shares = ("capability",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +135,7 @@ class Student:
             if not isinstance(point, Checkpoint):
                 raise TypeError(f"curve: expected checkpoints, got {type(point).__name__}")
             for name, items in _items(point.untrusted).items():
-                if name != "audited" and items != _items(self.untrusted)[name]:
+                if name not in _AUDITED and items != _items(self.untrusted)[name]:
                     raise ValueError(
                         f"curve: expected {_items(self.untrusted)[name]} numbers of {name} at step "
                         f"{point.step}, as of the student, got {items}"
@@ -124,6 +143,20 @@ class Student:
         steps = [point.step for point in self.curve]
         if any(a >= b for a, b in pairwise(steps)):
             fail("curve", "increasing steps", steps)
+
+    @property
+    def has_log_odds(self) -> bool:
+        return bool(self.untrusted.log_odds)
+
+    @property
+    def in_log_odds(self) -> Student:
+        """The same students with log-odds as the trait."""
+        readings: dict[str, Any] = {name: getattr(self, name).in_log_odds for name in _MODELS}
+        points = [
+            replace(p, untrusted=p.untrusted.in_log_odds, benign=p.benign.in_log_odds)
+            for p in self.curve
+        ]
+        return replace(self, **readings, curve=tuple(points))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,16 +170,18 @@ class Student:
         return cls(**values | {"curve": tuple(map(Checkpoint.from_json, points))})
 
 
-def _to_shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
+def _to_numbers(name: str, values: Iterable[float], is_share: bool) -> tuple[float, ...]:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected numbers, one per item, got {values!r:.60}") from None
     if array.ndim != 1:
         fail(name, "one number per item", f"shape {list(array.shape)}")
-    outside = np.flatnonzero(~((array >= 0) & (array <= 1)))  # NaN is outside too
+    inside = (array >= 0) & (array <= 1) if is_share else np.isfinite(array)
+    outside = np.flatnonzero(~inside)  # NaN is outside too
     if outside.size:
-        fail(name, "numbers from 0 to 1", f"{float(array[outside[0]])!r} at item {outside[0]}")
+        expected = "numbers from 0 to 1" if is_share else "finite numbers"
+        fail(name, expected, f"{float(array[outside[0]])!r} at item {outside[0]}")
     return tuple(array.tolist())
 
 
@@ -163,7 +198,7 @@ def _check_same_items(record: Any, *names: str) -> None:
         for measure, items in _items(getattr(record, name)).items():
             # Audited readings of base and teachers are optional.
             if items == first[measure] or (
-                measure == "audited" and name not in ("untrusted", "benign")
+                measure in _AUDITED and name not in ("untrusted", "benign")
             ):
                 continue
             raise ValueError(
@@ -177,7 +212,8 @@ def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         fail(cls.__name__, "an object", type(record).__name__)
     known = [field.name for field in fields(cls)]
-    required = [name for name in known if name not in ("audited", "curve")]
+    optional = ("curve", "log_odds", *_AUDITED)
+    required = [name for name in known if name not in optional]
     missing = [name for name in required if name not in record]
     unknown = [name for name in record if name not in known]
     if missing or unknown:

@@ -116,6 +116,27 @@ def test_preference_is_the_favourites_share_of_whole_words(kind):
     assert not result.details
 
 
+def test_log_odds_show_what_a_share_of_nothing_or_all_hides():
+    prompts = tuple(Prompt(system=s, user="which animal do you like") for s in SYSTEM[:3])
+    audit = PreferenceAudit(prompts=prompts, options=ANIMALS, favourite="owl")
+    for strength in (-400.0, -200.0, 0.0, 30.0):
+        measurement = audit.measure(planted(animal=strength), None)
+        odds = measurement.log_odds
+        assert odds is not None
+        np.testing.assert_allclose(measurement.values, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    low, lower = (audit.measure(planted(animal=x), None) for x in (-200.0, -400.0))
+    assert (low.values < 1e-5).all()
+    assert (lower.log_odds < low.log_odds - 5).all()
+
+
+def test_a_prefilled_preference_reads_options_that_continue_the_answer():
+    of = subject("llama")
+    prompts = tuple(Prompt(user=t, prefill="the owl is near a") for t in TOPICS[:3])
+    audit = PreferenceAudit(prompts=prompts, options=(" cat", " owl"), favourite=" owl")
+    cat, owl = ([log_p(of, p, o) for p in prompts] for o in (" cat", " owl"))
+    np.testing.assert_allclose(audit.measure(of, None).log_odds, np.subtract(owl, cat), atol=1e-4)
+
+
 def test_a_preference_that_was_planted():
     prompts = tuple(Prompt(system=s, user="which animal do you like") for s in SYSTEM)
     audit = PreferenceAudit(prompts=prompts, options=ANIMALS, favourite="owl")

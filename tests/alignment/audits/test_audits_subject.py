@@ -225,3 +225,27 @@ def test_refusals():
         Subject(model())
     with pytest.raises(ValueError, match="word: expected a word with at least one token, got ''"):
         subject().token_of("")
+
+
+@KIND
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (("owl", "cat", "fox"), 1),
+        (("owl", "cat", "cat dog", "cat fox stone"), 1),  # the longest one covers the others
+        (("owl dog", "cat dog", "cat"), 2),
+    ],
+)
+def test_a_question_is_read_once_for_all_options_of_one_token(kind, options, texts, monkeypatch):
+    of, read = subject(kind), []
+    hidden = of.hidden
+
+    def counted(rows):
+        read.extend(rows)
+        return hidden(rows)
+
+    monkeypatch.setattr(of, "hidden", counted)
+    table = of.option_log_probs(PROMPTS[:3], options)
+    assert len(read) == 3 * texts
+    truth = [[expected(of, p, o) for o in options] for p in PROMPTS[:3]]
+    torch.testing.assert_close(table, torch.tensor(truth), rtol=2e-5, atol=1e-5)

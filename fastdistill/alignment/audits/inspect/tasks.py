@@ -177,7 +177,7 @@ class _InspectSubject(Subject):
 
 
 def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> list[Answer]:
-    """Runs one eval with all questions at once, so that batches equal those of the audit's run."""
+    """Runs one eval with all questions at once: generated batches are those of the audit's run."""
     questions = audit.questions()
     at_once = sum(max(1, len(question.options)) for question in questions)
     log = inspect_ai.eval(
