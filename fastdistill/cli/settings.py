@@ -7,10 +7,9 @@ the annotated type of the field. An unknown key is an error that suggests the ne
 from __future__ import annotations
 
 import difflib
-import re
+import sys
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -20,14 +19,6 @@ from typing import Any
 from ..runtime.checks import fail
 from ..runtime.printable import printable
 
-_MAX_DEPTH, _MAX_VALUES = 32, 100_000  # of a settings file
-_TAG = "tag:yaml.org,2002:"
-_CORE_SCHEMA = (
-    ("null", r"^(|~|null|Null|NULL|None)$", ["", *"~nN"]),
-    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-)
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -135,7 +126,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if type(value) is kind:
             return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if float in allowed:
+        if float in allowed and abs(value) <= sys.float_info.max:
             return float(value)
         if int in allowed and float(value).is_integer():
             return int(value)
@@ -179,10 +170,12 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
     """Return YAML that `gather` reads back as the same settings."""
     import yaml
 
+    from ..runtime.yaml_text import add_core_schema
+
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers: typing.ClassVar[Any] = {}
 
-    _add_resolvers(Dumper)
+    add_core_schema(Dumper)
     plain = {key: _to_plain(value) for key, value in settings.items()}
     return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
@@ -191,7 +184,8 @@ def _read_file(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: expected a YAML file, got {file}: {error}") from None
+        reason = printable(error)
+        raise ValueError(f"config: expected a YAML file, got {file}: {reason}") from None
     raw = _yaml(text, str(file))
     if not isinstance(raw, dict):
         fail("config", f"key: value in {file}", type(raw).__name__)
@@ -209,56 +203,9 @@ def _normalize_key(key: str) -> str:
 
 
 def _yaml(text: str, where: str) -> Any:
-    import yaml
+    from ..runtime.yaml_text import parse_yaml
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: typing.ClassVar[Any] = {}
-
-    _add_resolvers(Loader)
-    for tag, kind in (("int", int), ("float", float)):
-        Loader.add_constructor(_TAG + tag, lambda loader, node, kind=kind: kind(node.value))
-    where = printable(where)
-    try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, where, 1, {}) >= _MAX_VALUES:
-            raise ValueError(f"{where}: expected at most {_MAX_VALUES:,} values, got more")
-        return loader.construct_document(node)
-    except RecursionError:
-        raise ValueError(f"{where}: expected at most {_MAX_DEPTH} levels, got more") from None
-    except yaml.YAMLError as error:
-        reason = printable(" ".join(str(error).split()))
-        raise ValueError(f"{where}: expected YAML, got {reason}") from None
-
-
-def _count_values(node: Any, where: str, depth: int, counts: dict[Any, int]) -> int:
-    """Return the number of values in a YAML node, where an alias counts as what it stands for.
-
-    Raises:
-        ValueError: a setting is repeated. RecursionError: there are too many levels.
-    """
-    if node in counts:
-        return counts[node]
-    counts[node] = _MAX_VALUES  # of a collection that contains itself
-    parts = node.value if isinstance(node.value, list) else []
-    if isinstance(node.value, list) and depth >= _MAX_DEPTH:
-        raise RecursionError
-    if parts and isinstance(parts[0], tuple):
-        keys = Counter(key.value for key, _ in parts if isinstance(key.value, str))
-        for key, times in keys.items():
-            if times > 1:
-                raise ValueError(f"{where}: expected each setting once, got {printable(key)} twice")
-        parts = [part for pair in parts for part in pair]
-    counts[node] = 1 + sum(_count_values(part, where, depth + 1, counts) for part in parts)
-    return counts[node]
-
-
-def _add_resolvers(kind: Any) -> None:
-    """Give a loader or dumper the core schema of YAML 1.2."""
-    for tag, pattern, first in _CORE_SCHEMA:
-        kind.add_implicit_resolver(_TAG + tag, re.compile(pattern), first)
+    return parse_yaml(text, where)
 
 
 def _union_members(hint: Any) -> list[Any]:

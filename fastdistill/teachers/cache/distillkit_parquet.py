@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from ...losses.types import TopK
 from ...runtime import checks
 from ...runtime.optional import require
 from ...runtime.printable import printable
+from ...runtime.yaml_text import parse_yaml
 from .build import PendingRow
 from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 
@@ -152,12 +152,7 @@ def _yaml(file: Path) -> dict[str, Any]:
         text = stream.read(_MAX_CONFIG_BYTES + 1)
     if len(text) > _MAX_CONFIG_BYTES:
         raise ValueError(f"more than {_MAX_CONFIG_BYTES:,} bytes")
-    try:
-        entries = yaml.safe_load(text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("YAML that is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"a text that is no YAML ({error})") from None
+    entries = parse_yaml(text.decode("utf-8"), file.name)
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise ValueError(f"{type(entries).__name__} in place of names and values")
     return dict(entries)
