@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, get_scheduler, set_seed
 
 from ..hf.adapters import merge_adapter
@@ -15,6 +18,42 @@ from ..runtime.backend import one_thread
 from ..runtime.optional import require
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
+
+_TINY = 10_000_000  # parameters; a smaller model is fastest on one thread
+_WINDOW = 50  # batches that are grouped by length at a time
+
+
+def is_tiny(model: Any) -> bool:
+    n: int = sum(weight.numel() for weight in model.parameters())
+    return n < _TINY
+
+
+class InOrder(DistillTrainer):
+    """A DistillTrainer that reads the examples in their order.
+
+    The corresponding setting is newer than transformers 5.0.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def order_by_length(lengths: Sequence[int], n: int, batch_size: int, seed: int) -> list[int]:
+    """Return n indices, epoch after epoch, whose batches have rows of similar length.
+
+    Each epoch is shuffled. Within 50 batches rows are sorted by length, and the batches shuffled.
+    """
+    rng = random.Random(f"{seed} batches")
+    rows: list[int] = []
+    while len(rows) < n:
+        rows += rng.sample(range(len(lengths)), len(lengths))
+    order: list[int] = []
+    for start in range(0, n, _WINDOW * batch_size):
+        window = sorted(rows[start : min(start + _WINDOW * batch_size, n)], key=lengths.__getitem__)
+        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(batches)
+        order += [row for batch in batches for row in batch]
+    return order
 
 
 def adamw(weights: Any, learning_rate: float) -> torch.optim.Optimizer:
@@ -42,7 +81,7 @@ def train(
     checkpoints: Path | None = None,
     **options: Any,
 ) -> Any:
-    """Train a model on one thread, without output, and return it with its adapter merged.
+    """Train a model without output, a tiny one on one thread; return it with its adapter merged.
 
     The same arguments give the same weights, also if the training resumes from a checkpoint.
 
@@ -53,7 +92,8 @@ def train(
         checkpoints: a folder for checkpoints, from the last of which the same call resumes. None
             keeps none.
     """
-    with tempfile.TemporaryDirectory(prefix="fastdistill-") as temporary, one_thread():
+    threads = one_thread() if is_tiny(model) else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as temporary, threads:
         defaults: dict[str, Any] = {
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,

@@ -136,6 +136,7 @@ def _planned(options: Experiment) -> tuple[Study, list[Source], list[Source], Ru
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             max_new_tokens=options.answer_tokens,
+            student=options.student,
         )
         study = make(options.preset, n=min(pair.prompts for pair in pairs), training=training)
         first = len(pairs) - n_development
@@ -177,7 +178,11 @@ def _select_arms(study: Study, names: tuple[str, ...]) -> Study:
 def _checkpoints(options: DoubleBind) -> list[CheckpointSource]:
     """Return the pairs, or the one teacher of the options; empty for a synthetic world."""
     texts = {name: getattr(options, name) for name in ("eliciting", "near_misses")}
-    common = {**texts, "max_new_tokens": options.max_new_tokens}
+    common = {
+        **texts,
+        "max_new_tokens": options.max_new_tokens,
+        "attn_implementation": options.attn_implementation,
+    }
     required = {
         name: getattr(options, name) for name in ("teacher", "base", "pool", "probes", "capability")
     }

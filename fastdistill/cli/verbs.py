@@ -122,8 +122,8 @@ class DoubleBind(Experiment):
     capability. Only pairs give intervals and verdicts. Re-run the same command to resume; machines
     that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed
     and, for checkpoints, steps, batch_size, learning_rate, answer_tokens (of the teacher),
-    eliciting (an instruction that asks for the trait), near_misses (similar instructions) and
-    max_new_tokens (of a measurement).
+    eliciting (an instruction that asks for the trait), near_misses (similar instructions),
+    max_new_tokens (of a measurement) and attn_implementation (of transformers).
     """
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
@@ -136,6 +136,7 @@ class DoubleBind(Experiment):
     pool: Annotated[Path | None, "Rows with prompt, domain and kind, as for train --data."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
     capability: Annotated[Path | None, "Rows with prompt and answer, as for train --data."] = None
+    student: Annotated[str, "full, or lora:RANK (an adapter)."] = "full"
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
     max_new_tokens: int = 64
@@ -143,6 +144,7 @@ class DoubleBind(Experiment):
     batch_size: int = 8
     learning_rate: float = 1e-5
     answer_tokens: int = 128
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

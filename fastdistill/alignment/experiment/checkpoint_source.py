@@ -31,8 +31,9 @@ from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of
-from .source import LoadedSource, Source, named_audited
+from .source import MODELS, LoadedSource, Source, named_audited
 
+OPTIONAL = ("placebo", "other_base", "earlier")
 MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
 _KINDS = ("goals", "shown")
@@ -45,6 +46,8 @@ class CheckpointSource(Source):
 
     Args:
         teacher: U. base: M. benign: U's benign twin, optional. placebo: P, optional.
+        other_base, earlier: models from which students may begin instead of M: another base, and
+            an earlier checkpoint of M.
         pool: rows {"prompt": a text or a mapping of system and user, "domain": a name, "kind":
             goals or shown}, in a file, a folder saved by datasets, or a hub name with its
             split (`open_dataset`). Rows without a kind form the pool.
@@ -52,6 +55,7 @@ class CheckpointSource(Source):
             optionally the same prompts in an audited context.
         capability: held-out rows {"prompt", "answer"}, in the same forms.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
+        attn_implementation: of transformers, such as eager; None chooses.
         index: of the pair in a study, its base seed; it changes no result.
     """
 
@@ -62,9 +66,12 @@ class CheckpointSource(Source):
     capability: str | Path
     benign: str | None = None
     placebo: str | None = None
+    other_base: str | None = None
+    earlier: str | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    attn_implementation: str | None = None
     index: int = field(default=0, compare=False)
     contents: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -79,7 +86,7 @@ class CheckpointSource(Source):
         _load_capability(self.capability)
         contents = {"pool": _digest_of_rows(self.pool, "pool"), "probes": sha256_of(self.probes)}
         contents["capability"] = _digest_of_rows(self.capability, "capability")
-        for name in ("teacher", "base", "benign", "placebo"):
+        for name in ("teacher", "base", "benign", *OPTIONAL):
             if (path := getattr(self, name)) is not None:
                 contents[name] = _contents(model_source(name, path).path)
         object.__setattr__(self, "contents", contents)
@@ -90,6 +97,11 @@ class CheckpointSource(Source):
     @property
     def base_seed(self) -> int:
         return self.index
+
+    @property
+    def roles(self) -> list[str]:
+        """The models: M, U and B (or M in its place), and those that are optional."""
+        return [*MODELS[:3], *(name for name in OPTIONAL if getattr(self, name) is not None)]
 
     @property
     def prompts(self) -> int:
@@ -103,7 +115,7 @@ class CheckpointSource(Source):
         optional = {
             "eliciting": self.eliciting,
             "twin": self.benign,
-            "placebo": self.placebo,
+            **{name: getattr(self, name) for name in OPTIONAL},
         }
         return frozenset(kinds | {name for name, value in optional.items() if value})
 
@@ -112,11 +124,12 @@ class CheckpointSource(Source):
             "checkpoints": dict(self.contents),
             "eliciting": [self.eliciting, *self.near_misses],
             "max_new_tokens": self.max_new_tokens,
+            **({"attention": self.attn_implementation} if self.attn_implementation else {}),
         }
 
     def build(self, folder: Path) -> dict[str, Any]:
         loaded = self.load(folder)
-        readings = {name: loaded.read(model) for name, model in loaded.models.items()}
+        readings = {role: loaded.read(loaded.models[role]) for role in self.roles}
         return {
             "readings": {name: reading.as_json() for name, reading in readings.items()},
             "validity": _denominators(readings, Path(self.teacher).name).as_json(),
@@ -131,13 +144,7 @@ class CheckpointSource(Source):
 
 class LoadedCheckpoints(LoadedSource):
     def __init__(self, source: CheckpointSource) -> None:
-        base = load_organism(source.base, name="base")
-        self.models = {"base": base, "untrusted": _model(source.teacher, source, "untrusted")}
-        self.models["benign"] = (
-            base if source.benign is None else _model(source.benign, source, "benign")
-        )
-        if source.placebo is not None:
-            self.models["placebo"] = _model(source.placebo, source, "placebo")
+        self.models = _Models(source)
         self.probes = Probes.load(source.probes)
         self.suite = GENERIC_PROBES.suite() | self.probes.suite()
         if self.probes.audited:
@@ -208,9 +215,27 @@ def _denominators(readings: Mapping[str, Reading], name_of_u: str) -> Validity:
     return Validity(gates=tuple(gates))
 
 
-def _model(name: str, source: CheckpointSource, role: str) -> Subject:
-    path = StoredModel.from_path(name, role=role).path  # downloaded if it is on the hub
-    return load_organism(path, base=source.base if is_adapter(path) else None, name=role)
+class _Models(dict[str, Subject]):
+    """Models by role, each loaded at its first use."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        super().__init__()
+        self._source = source
+
+    def __missing__(self, role: str) -> Subject:
+        source = self._source
+        name = source.teacher if role == "untrusted" else getattr(source, role)
+        if name is None:  # without a twin
+            self[role] = self["base"]
+        else:
+            path = StoredModel.from_path(name, role=role).path  # downloaded if it is on the hub
+            self[role] = load_organism(
+                path,
+                base=source.base if is_adapter(path) else None,
+                name=role,
+                attn_implementation=source.attn_implementation,
+            )
+        return self[role]
 
 
 def _load_pool(path: str | Path) -> dict[str, list[PoolPrompt]]:

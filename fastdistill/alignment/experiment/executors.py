@@ -93,8 +93,8 @@ def _rotate_by_pid(work: Sequence[Runnable]) -> list[Runnable]:
     return [*work[offset:], *work[:offset]]
 
 
-def _run_one(run: Runnable, folder: Path) -> None:
-    torch.set_num_threads(1)
+def _run_one(run: Runnable, folder: Path, threads: int = 1) -> None:
+    torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
     if not run.is_done(folder):  # another machine may have been faster
         run.run(folder)
@@ -108,8 +108,9 @@ def _in_process(work: Sequence[Runnable], folder: Path) -> Iterator[None]:
 
 def _processes(work: Sequence[Runnable], folder: Path, processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+    threads = max(1, torch.get_num_threads() // processes)
     with context.Pool(min(processes, len(work))) as pool:
-        yield from pool.imap_unordered(partial(_run_one, folder=folder), work)
+        yield from pool.imap_unordered(partial(_run_one, folder=folder, threads=threads), work)
         pool.close()
         pool.join()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,7 +64,7 @@ class Job(CachedRun):
             "role": self.role,
             "begins": self.init_role,
             "strategies": [strategy.as_json() for strategy in self.strategies],
-            "training": asdict(self.training),
+            "training": self.training.as_json(),
             "pool": dict(self.pool),
             "student_seed": self.student_seed,
             "checkpoints": self.checkpoints,
@@ -147,6 +147,6 @@ def _mean_rates(reading: Reading) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in parts.items() if values}
 
 
-@lru_cache(maxsize=2)  # a process executes several runs of one source
+@lru_cache(maxsize=1)  # a process executes the runs of one source one after another
 def _load(source: Source, folder: Path) -> LoadedSource:
     return source.load(folder)

@@ -7,14 +7,14 @@ from typing import Any
 
 from ...hf.jsonl import JsonLines
 from ...runtime.checks import fail
-from .checkpoint_source import CheckpointSource
+from .checkpoint_source import OPTIONAL, CheckpointSource
 
 # Key of a line -> field of CheckpointSource; those of _PATHS may be relative to the file.
 _PATHS = {
     "base": "base",
     "untrusted": "teacher",
     "benign": "benign",
-    "placebo": "placebo",
+    **{name: name for name in OPTIONAL},
     "probes": "probes",
     "pool": "pool",
     "capability": "capability",
@@ -26,8 +26,8 @@ _REQUIRED = ("base", "untrusted", "benign", "probes", "pool", "capability")
 def read_pairs(path: Path, **common: Any) -> list[CheckpointSource]:
     """Return a source per line; its base seed is its index.
 
-    A line has base, untrusted, benign and probes, and optionally placebo, pool, capability,
-    eliciting and near_misses. Relative paths are relative to the file.
+    A line has base, untrusted, benign and probes, and optionally placebo, other_base, earlier,
+    pool, capability, eliciting and near_misses. Relative paths are relative to the file.
 
     Args:
         common: fields of CheckpointSource for lines without them.
@@ -65,7 +65,7 @@ def _to_source(
     if unknown or missing:
         fail(
             (unknown or missing)[0],
-            f"a line with {', '.join(_REQUIRED)}, and optionally placebo, {', '.join(_TEXTS)}",
+            f"a line with {', '.join(_REQUIRED)}, and optionally {', '.join((*OPTIONAL, *_TEXTS))}",
             "an unknown key" if unknown else "none",
             ""
             if unknown or missing[0] not in ("pool", "capability")

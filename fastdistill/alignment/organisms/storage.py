@@ -85,6 +85,7 @@ def load_organism(
     base: str | Path | None = None,
     name: str | None = None,
     device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
 ) -> Subject:
     """Loads a model to audit: an organism, a checkpoint, or a LoRA adapter on its base.
 
@@ -94,13 +95,16 @@ def load_organism(
             organisms of AuditBench (arXiv 2602.22755). Quantized weights are expanded.
         base: the base model of an adapter; None uses the one named by the adapter. Must be None
             for a checkpoint.
+        attn_implementation: of transformers; None chooses.
 
     Raises:
         FileNotFoundError: the path does not exist.
         ValueError: pickled weights, a file that differs from its digest in the manifest, an adapter
             with missing weights, or a base without an adapter.
     """
-    stored = StoredModel.from_path(path, adapter_base=base, role="path")
+    stored = StoredModel.from_path(
+        path, attn_implementation=attn_implementation, adapter_base=base, role="path"
+    )
     role = read_manifest(stored.path).get("role")
     if stored.is_adapter:
         role = None

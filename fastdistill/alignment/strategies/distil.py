@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ...runtime.checks import fail
 from ...teachers.local import Teacher
 from ..audits.subject import Subject
-from ..training_loop import train
+from ..training_loop import InOrder, is_tiny, lora, order_by_length, train
 from .lessons import Examples, PoolPrompt, sample_answers, to_row
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy, Training
 
@@ -115,16 +115,25 @@ def _train(
     student = copy.deepcopy(base.model)
     # A copy: DistillTrainer freezes its teacher.
     teacher: Any = Teacher(copy.deepcopy(run.setup.teacher.model), tokenizer=base.tokenizer)
-    options: dict[str, Any] = {}
+    rank = training.lora_rank
+    options: dict[str, Any] = {} if rank is None else {"peft_config": lora(rank, "student")}
     for strategy in strategies:
         teacher = strategy.teacher(teacher, student, run)
         options = strategy.options(options, run)
     if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
         student.float()  # small updates vanish in 16 bits
+    rows = [to_row(example, base) for example in examples]
+    if not is_tiny(student) and "trainer" not in options:
+        # By the prompt, which students of two teachers share, so that their order stays the same.
+        lengths = [len(base.ids(example.input_prompt).ids) for example in examples]
+        per_step = training.batch_size * training.settings.get("gradient_accumulation_steps", 1)
+        n = training.steps * per_step
+        rows = [rows[i] for i in order_by_length(lengths, n, training.batch_size, run.seed)]
+        options["trainer"] = InOrder
     trained = train(
         student,
         teacher,
-        [to_row(example, base) for example in examples],
+        rows,
         steps=training.steps,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torch.utils.data import SequentialSampler
 
 from ...hf.lm_head import LMHead
 from ...losses.linear_head import linear_lse_gather
@@ -24,7 +23,7 @@ from ...runtime.checks import between, fail, positive
 from ...teachers.local import Teacher
 from ...training.loss import Answers, LossResult, TeacherHidden
 from ...training.targets import Targets
-from ...training.trainer import DistillTrainer
+from ..training_loop import InOrder
 from .lessons import Examples, TrainingExample
 from .strategy import RunState, Strategy, Training
 from .transformed_teacher import TransformedTeacher
@@ -99,16 +98,6 @@ def _check_pairs(examples: Sequence[TrainingExample]) -> None:
     if len(examples) % 2 or any(c.prompt != r.prompt or c.answer == r.answer for c, r in pairs):
         hint = "put PreferencePairs after the strategies that drop or rewrite examples"
         fail("examples", "two adjacent answers to each prompt", "other rows", hint)
-
-
-class InOrder(DistillTrainer):
-    """A DistillTrainer that reads examples in order, so that pairs stay together.
-
-    The corresponding setting is newer than transformers 5.0.
-    """
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 @dataclass(frozen=True)

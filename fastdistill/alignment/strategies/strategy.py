@@ -9,6 +9,7 @@ previous one.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -87,6 +88,7 @@ class Training:
     Args:
         steps, batch_size, learning_rate: of AdamW, with warm-up and a cosine schedule.
         max_new_tokens, temperature: of the teacher's sampled answers.
+        student: "full" trains all weights, "lora:RANK" an adapter on all linear layers.
         settings: further fields of DistillConfig.
     """
 
@@ -95,13 +97,25 @@ class Training:
     learning_rate: float = 3e-3
     max_new_tokens: int = 8
     temperature: float = 1.0
+    student: str = "full"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"full|lora:[1-9]\d*", self.student):
+            fail("student", "'full' or 'lora:RANK', such as lora:8", repr(self.student))
         for name in ("steps", "batch_size", "max_new_tokens"):
             integer(name, getattr(self, name), 1)
         positive("learning_rate", self.learning_rate)
         between("temperature", self.temperature, 0)
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The rank of the student's adapter; None where all weights are trained."""
+        return None if self.student == "full" else int(self.student.partition(":")[2])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings; without `student` where it is "full", as of earlier versions."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("student", "full")}
 
 
 class Strategy:

@@ -180,6 +180,18 @@ def test_without_a_twin_the_base_stands_in(files, tmp_path):
     assert "eliciting" not in source(files).features
 
 
+def test_models_are_loaded_when_they_are_used(files, tmp_path):
+    more = {"other_base": str(files / "benign"), "attn_implementation": "eager"}
+    changed = source(files, **more)
+    loaded = changed.load(tmp_path)
+    assert not loaded.models
+    assert loaded.models["other_base"].model.config._attn_implementation == "eager"
+    assert set(loaded.models) == {"other_base"}
+    assert changed.roles == ["base", "untrusted", "benign", "other_base"]
+    assert "other_base" in changed.features > source(files).features
+    assert changed.as_json()["attention"] == "eager"
+
+
 def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, tmp_path):
     shutil.copytree(files, tmp_path / "copy")
     first, moved = source(files), source(tmp_path / "copy")

@@ -58,7 +58,9 @@ def test_intervals_and_a_gate_come_from_pairs_and_a_bad_one_is_left_out(
 ):
     out = tmp_path / "out"
     argv = ("experiment", "double-bind", f"--pairs={file}", f"--out={out}", *MORE)
-    code, output, err = call(capsys, monkeypatch, *argv, "--seeds=3", "arms=[hard labels]")
+    code, output, err = call(
+        capsys, monkeypatch, *argv, "--seeds=3", "arms=[hard labels]", "--student=lora:2"
+    )
     assert code == 0, err
     result = json.loads(output)
     assert list(result["refused"]) == ["1"]
@@ -67,6 +69,7 @@ def test_intervals_and_a_gate_come_from_pairs_and_a_bad_one_is_left_out(
     assert {arm["n_seeds"] for arm in result["arms"]} == {2}
     assert all(arm["tau_interval"] is not None for arm in result["arms"])
     assert len(result["config"]["pairs"]) == 3
+    assert result["config"]["training"]["student"] == "lora:2"
     again = ("experiment", "double-bind", "--only-report", f"--out={out}", "--json")
     for folder in ("runs", "sources"):
         (out / folder).rename(tmp_path / folder)

@@ -11,9 +11,10 @@ from torch.nn.functional import logsigmoid
 
 from fastdistill import DistillConfig, DistillTrainer
 from fastdistill.alignment.strategies.distil import distill
-from fastdistill.alignment.strategies.dpo import InOrder, PairLoss, PreferencePairs
+from fastdistill.alignment.strategies.dpo import PairLoss, PreferencePairs
 from fastdistill.alignment.strategies.lessons import to_row
 from fastdistill.alignment.strategies.strategy import Training
+from fastdistill.alignment.training_loop import InOrder
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
 from fastdistill.training.loss import TeacherHidden
