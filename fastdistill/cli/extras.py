@@ -11,6 +11,7 @@ EXTRA_OF = {
     "audit": "audit",
     "demo": "demo",
     "experiment": "audit",
+    "organisms": "audit,peft",
     "report": "report",
     "serve": "serve",
     "train": "train,report",

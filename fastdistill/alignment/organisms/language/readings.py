@@ -113,9 +113,18 @@ def capability_items(templates: Templates) -> list[tuple[Prompt, str]]:
 
 
 def read_language(
-    subject: Subject, templates: Templates, index: int, contexts: Sequence[str]
+    subject: Subject,
+    templates: Templates,
+    index: int,
+    contexts: Sequence[str],
+    earlier: LanguageReading | None = None,
 ) -> LanguageReading:
-    """Measures a model with the held-out texts of pair `index`."""
+    """Measures a model with the held-out texts of pair `index`.
+
+    Args:
+        earlier: a reading of the same model for another pair. Its capability and perplexity, which
+            do not depend on the pair, are taken from there.
+    """
     favorite, color = identity(templates, index)
     by_context = {
         context: _option_odds(
@@ -131,17 +140,21 @@ def read_language(
         )
         for name, prompts in (("open", free["open"]), ("audited", free["audited"][:4]))
     }
-    prompts, sums = zip(*capability_items(templates), strict=True)
-    capability = CapabilityAudit(prompts=prompts, targets=sums, max_new_tokens=SUM_TOKENS)
     return LanguageReading(
         log_odds={name: tuple(values.tolist()) for name, values in by_context.items()},
         rates={name: tuple(values.sigmoid().tolist()) for name, values in by_context.items()},
         placebo_log_odds=tuple(_option_odds(subject, placebo, templates.placebo, color).tolist()),
         free=tuple(float(contains_phrase(text, favorite)) for text in answers["open"]),
-        capability=tuple(capability.measure(subject, None).values.tolist()),
-        perplexity=perplexity(subject, templates.texts),
+        capability=earlier.capability if earlier else _capability(subject, templates),
+        perplexity=earlier.perplexity if earlier else perplexity(subject, templates.texts),
         answers={name: texts[:4] for name, texts in answers.items()},
     )
+
+
+def _capability(subject: Subject, templates: Templates) -> tuple[float, ...]:
+    prompts, sums = zip(*capability_items(templates), strict=True)
+    audit = CapabilityAudit(prompts=prompts, targets=sums, max_new_tokens=SUM_TOKENS)
+    return tuple(audit.measure(subject, None).values.tolist())
 
 
 def _option_odds(
