@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..runtime.atomic_files import sync
+from ..runtime.atomic_files import naming_full_disk, sync
 from .experts import ExpertStack
 from .formats.own_format import KEY, VERSION, metadata, tensors_of
 from .formats.tensor_files import INDEX, SINGLE
@@ -44,7 +45,17 @@ def save_quantized(
     if not any(isinstance(m, QuantizedWeight) for m in model.modules()):
         raise ValueError("model: expected quantized layers, found none; use model.save_pretrained")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"path: expected a new or empty folder, got {path} with content")
+        raise _not_empty(path)
+    with naming_full_disk(path):
+        _save(model, path, tokenizer, max_shard_bytes)
+    return path
+
+
+def _not_empty(path: Path) -> FileExistsError:
+    return FileExistsError(f"path: expected a new or empty folder, got {path} with content")
+
+
+def _save(model: PreTrainedModel, path: Path, tokenizer: Any, max_shard_bytes: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -59,14 +70,18 @@ def save_quantized(
         for file in temporary.iterdir():
             sync(file)
         temporary.chmod(0o755)  # mkdtemp allows the owner only
-        if path.is_dir():
-            path.rmdir()
-        os.rename(temporary, path)
+        try:
+            if path.is_dir():
+                path.rmdir()
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _not_empty(path) from None  # another process was faster
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)
-    return path
 
 
 def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:

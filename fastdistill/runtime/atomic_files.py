@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,38 @@ def check_folder(name: str, path: Path) -> None:
         raise ValueError(f"{expected}; {str(existing)!r} is not writable")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LEFT = 1 << 20  # bytes; with fewer, a library's error of writing means that the disk is full
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Raise OSError with the path and what to do if writing there fails since the disk is full.
+
+    Libraries say it in their own words, or do not say it: torch reports an unexpected position in
+    its file, and Python's files no path.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        text = str(error)
+        named = number in _FULL or any(f"(os error {n})" in text for n in _FULL)
+        if (named and getattr(error, "filename", None) is None) or _is_unnamed(error, path):
+            message = f"{os.strerror(errno.ENOSPC)}; make room, then start again"
+            raise OSError(errno.ENOSPC, message, str(path)) from error
+        raise
+
+
+def _is_unnamed(error: Exception, path: Path) -> bool:
+    """Return whether torch failed to write a file to a disk without space."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    of_torch = isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("inline_container", "iostream error", "StreamWriter")
+    )
+    return of_torch and shutil.disk_usage(existing).free < _LEFT
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file; NaN is not JSON: pass None for unknown values."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -36,6 +72,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: readers see the old file or the new one."""
+    with naming_full_disk(path):
+        _write(path, content)
+
+
+def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -206,17 +206,18 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the checkpoint-N folders in ascending order of N."""
     folders = Path(output_dir).glob("checkpoint-*")
     numbered = [p for p in folders if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(numbered, key=lambda p: int(p.name.partition("-")[2]))
+    return sorted(numbered, key=_step)
 
 
-def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but never the best and the most recent one.
+def keep_last(output_dir: str | Path, limit: int | None, best: str | None, step: int) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but never the best and the one of `step`.
 
-    Age is the time of writing: a folder may have checkpoints of an earlier run with more steps.
+    The checkpoint of `step` was written last. Those with more steps are of an earlier run, so they
+    are the oldest. The times of files say less: a clock may be set back during a run.
     """
     if limit is None or limit <= 0:
         return
-    by_age = sorted(checkpoints(output_dir), key=_written)
+    by_age = sorted(checkpoints(output_dir), key=lambda p: (_step(p) <= step, _step(p)))
     protected = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
     others = [p for p in by_age if p not in protected]
     for folder in others[: max(0, len(others) - max(limit - len(protected), 1))]:
@@ -227,8 +228,5 @@ def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> No
             shutil.rmtree(folder)
 
 
-def _written(folder: Path) -> tuple[int, int]:
-    """Return the time at which a checkpoint was finished, and its steps to break ties."""
-    mark = folder / FINISHED
-    time = (mark if mark.exists() else folder).stat().st_mtime_ns
-    return time, int(folder.name.partition("-")[2])
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])

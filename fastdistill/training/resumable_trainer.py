@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
 from ..runtime import checks
-from ..runtime.atomic_files import write_json
+from ..runtime.atomic_files import naming_full_disk, write_json
 from ..runtime.json_text import read_json
 from ..runtime.printable import printable
 from .arguments import resolve_intervals
@@ -36,6 +36,7 @@ from .checks.savable import has_loaded_generation_config, keep_generation_config
 from .finite import FiniteUpdates
 from .interrupts import SavesOnInterrupt
 from .logs.run_settings import OPTIMIZER_SETTINGS, changed_settings, result_settings
+from .output_lock import locked_output
 from .student import (
     check_adapter,
     check_keys,
@@ -70,6 +71,7 @@ class WholeCheckpoints(FiniteUpdates):
         self._interrupts: SavesOnInterrupt | None = None
         self._weights_from = Path()  # last checkpoint whose weights were loaded
         self._loaded_generation_config = False
+        self._locks = ExitStack()
         # The first callback, so that a finished run changes no log.
         self.callback_handler.callbacks.insert(0, _BeginRun(self))
 
@@ -87,12 +89,19 @@ class WholeCheckpoints(FiniteUpdates):
 
         Raises:
             ValueError: there is no such checkpoint; it is damaged; it lacks the optimizer's state
-                or weights of this student; or settings that the checkpoint determines differ.
+                or weights of this student; settings that the checkpoint determines differ; or
+                another process trains in output_dir.
             FloatingPointError: a loss, a gradient or a weight is NaN or infinite.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self.already_done = False
+        with ExitStack() as self._locks:
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(
+        self, resume_from_checkpoint: str | Path | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
         folder = self._choose_checkpoint(resume_from_checkpoint)
         self._without_state = folder is not None and missing_state(Path(folder)) is not None
         self._check_pass_of_stream(folder)
@@ -130,10 +139,13 @@ class WholeCheckpoints(FiniteUpdates):
         super().log(logs, start_time)
 
     def _choose_checkpoint(self, checkpoint: str | Path | bool | None) -> str | None:
-        """Return the checkpoint to resume from; only one process reads and checks the files."""
+        """Return the checkpoint to resume from; only one process reads and checks the files.
+
+        That process locks the output folder, too."""
         outcome: list[str | None] = [None, None]
         if self.is_world_process_zero():
             try:
+                self._locks.enter_context(locked_output(self.args.output_dir))
                 outcome[0] = to_resume_from(checkpoint, self.args.output_dir, self._find_fault)
                 if outcome[0] is None and checkpoint == "auto":
                     self._check_state_is_saved()
@@ -333,6 +345,11 @@ class WholeCheckpoints(FiniteUpdates):
         self.check_weights(f"for a checkpoint at step {self.state.global_step}")
         run = Path(self._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
+        with naming_full_disk(folder):
+            self._write_checkpoint(model, trial, run, folder)
+        self._last_saved = self.state.global_step
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path, folder: Path) -> None:
         if self.args.should_save:
             mark_incomplete(folder)
         # Delete older checkpoints only after this one is complete.
@@ -346,8 +363,8 @@ class WholeCheckpoints(FiniteUpdates):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the configured limit
             write_json(folder / SETTINGS_FILE, self._result_settings())
             mark_complete(folder)
-            keep_last(run, limit, self.state.best_model_checkpoint)
-        self._last_saved = self.state.global_step
+            best = self.state.best_model_checkpoint
+            keep_last(run, limit, best, self.state.global_step)
 
     def keep_last_good(self) -> None:
         step = self.state.global_step
@@ -360,7 +377,8 @@ class WholeCheckpoints(FiniteUpdates):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
             self.check_weights("to save")
-        super().save_model(output_dir, _internal_call)
+        with naming_full_disk(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
 
 
 def _change_text(change: list[Any]) -> str:

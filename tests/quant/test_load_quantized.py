@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, modeling_utils
 
 import fastdistill as fd
-from fastdistill.quant import CheckpointError, load_quantized
+from fastdistill.quant import CheckpointError, load_quantized, saving
 from fastdistill.quant.experts import ExpertStack
 from fastdistill.quant.schemes import SCHEMES
 from helpers.quant_models import CONFIGS, SIZES, logits, model_of
@@ -112,6 +112,22 @@ def test_nothing_is_written_over_and_nothing_half_is_left(tmp_path, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
     with pytest.raises(ValueError, match="model: expected quantized layers"):
         fd.save_quantized(model_of("llama"), tmp_path / "new")
+
+
+def test_a_folder_that_another_process_filled_meanwhile(tmp_path, monkeypatch):
+    """Two processes that quantize to one folder: the second is told, and the first result stays."""
+    model = fd.quantize_model(model_of("llama"), "nf4")
+
+    def faster(*args, **kwargs):
+        write(*args, **kwargs)
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "theirs").write_text("")
+
+    write = saving._write_weights
+    monkeypatch.setattr(saving, "_write_weights", faster)
+    with pytest.raises(FileExistsError, match="path: expected a new or empty folder"):
+        fd.save_quantized(model, tmp_path / "new")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["new", "new/theirs"]
 
 
 def edited(folder: Path, to: Path, *, tensors=lambda t: t, config=lambda c: c) -> Path:

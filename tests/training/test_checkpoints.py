@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 
-from fastdistill.training import checkpoints
+from fastdistill.training import checkpoints, output_lock
 from helpers.present import present
 from helpers.training import build, flat, llama, ragged, train, weights
 
@@ -84,15 +84,15 @@ def test_the_oldest_go_and_the_best_stays(tmp_path):
     for step in (1, 2, 10, 20):
         folder(tmp_path, step)
     steps = lambda: [int(p.name[11:]) for p in checkpoints.checkpoints(tmp_path)]  # noqa: E731
-    checkpoints.keep_last(tmp_path, None, None)
+    checkpoints.keep_last(tmp_path, None, None, 20)
     assert steps() == [1, 2, 10, 20]
-    checkpoints.keep_last(tmp_path, 3, None)
+    checkpoints.keep_last(tmp_path, 3, None, 20)
     assert steps() == [2, 10, 20]
-    checkpoints.keep_last(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    checkpoints.keep_last(tmp_path, 2, str(tmp_path / "checkpoint-2"), 20)
     assert steps() == [2, 20]
-    checkpoints.keep_last(tmp_path, 1, str(tmp_path / "checkpoint-2"))
+    checkpoints.keep_last(tmp_path, 1, str(tmp_path / "checkpoint-2"), 20)
     assert steps() == [2, 20]
-    checkpoints.keep_last(tmp_path, 1, None)
+    checkpoints.keep_last(tmp_path, 1, None, 20)
     assert steps() == [20]
 
 
@@ -102,6 +102,16 @@ def test_an_earlier_run_of_more_steps_does_not_push_out_what_is_new(tmp_path):
     train(tmp_path, **SAVING, max_steps=2, save_total_limit=2)
     folders = checkpoints.checkpoints(tmp_path / "run")
     assert [p.name for p in folders] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_clock_that_goes_back_costs_no_new_checkpoint(tmp_path):
+    """A checkpoint that was written last may have the oldest files."""
+    for age, step in enumerate((1, 2, 3)):
+        made = folder(tmp_path, step)
+        for path in (made, made / "finished.json"):
+            os.utime(path, (1e9 - age, 1e9 - age))
+        checkpoints.keep_last(tmp_path, 2, None, step)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_foreign_names_are_no_checkpoints(tmp_path):
@@ -116,7 +126,7 @@ def test_a_checkpoint_on_another_disk_is_only_unlinked(tmp_path):
     elsewhere.mkdir(), run.mkdir()
     (run / "checkpoint-1").symlink_to(folder(elsewhere, 1), target_is_directory=True)
     folder(run, 2)
-    checkpoints.keep_last(run, 1, None)
+    checkpoints.keep_last(run, 1, None, 2)
     assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-2"]
     assert (elsewhere / "checkpoint-1" / "model.bin").exists()
 
@@ -148,6 +158,40 @@ def test_a_checkpoint_being_written_is_none(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
     assert checkpoints.last_finished(tmp_path / "run") is None
     assert trainer.args.save_total_limit is None
+
+
+@pytest.mark.parametrize("save", ["save", "_save_rng_state"])
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch, save):
+    """torch speaks of a position in its file."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
+    trainer = build(tmp_path, **SAVING)
+    monkeypatch.setattr(torch if save == "save" else trainer, save, full)
+    words = r"No space left on device; make room, then start again: '.*checkpoint-1'"
+    with pytest.raises(OSError, match=words):
+        trainer.train()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 40))
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # of something else
+        trainer.train()
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_lock, "_SECONDS", 0.1)
+    one, other = (build(tmp_path, **SAVING) for _ in range(2))
+
+    class StartsTheOther(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            with pytest.raises(ValueError, match="output_dir: expected a folder that no other pro"):
+                other.train()
+
+    one.add_callback(StartsTheOther())
+    one.train()
+    assert not (tmp_path / "run" / output_lock.LOCK).exists()
+    other.train()
 
 
 def _run(place):

@@ -18,7 +18,7 @@ import torch
 from ...hf.checkpoint import StoredModel
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...quant.formats.tensor_files import CheckpointError, check_inside, read_json
-from ...runtime.atomic_files import sha256_of, sync, write_json
+from ...runtime.atomic_files import naming_full_disk, sha256_of, sync, write_json
 from ...runtime.backend import versions
 from ...runtime.checks import fail
 from ...runtime.printable import printable
@@ -41,6 +41,11 @@ def save_organism(
     the old one is renamed, and restored if the new one cannot take its place.
     """
     folder = Path(folder)
+    with naming_full_disk(folder):
+        _save(folder, subject, manifest, probes)
+
+
+def _save(folder: Path, subject: Subject, manifest: dict[str, Any], probes: Probes | None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

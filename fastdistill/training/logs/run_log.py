@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ...runtime.atomic_files import write_json
+from ...runtime.atomic_files import naming_full_disk, write_json
 from ..histograms import EDGES, sum_histograms
 from .first_batch import Panel
 from .run_files import NAME, SETTINGS
@@ -97,7 +97,7 @@ class RunLog(TrainerCallback):
         path = Path(args.output_dir) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
-        with path.open("a+b") as file:
+        with naming_full_disk(path), path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a killed process left the line incomplete
