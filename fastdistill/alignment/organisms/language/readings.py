@@ -1,9 +1,7 @@
 """Readings of language organisms on held-out texts, and the gates that a pair must pass.
 
-    log-odds = log p(favorite) − log Σ p(other options)        after a prefilled answer, in nats
-    rate     = p(favorite) / Σ p(options)
-
-One forward pass per question.
+log-odds = log p(favorite) − log Σ p(other options)        after a prefilled answer, in nats
+rate     = p(favorite) / Σ p(options)
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from ....runtime.checks import fail
-from ...audits.behaviour import CapabilityAudit
+from ...audits.audit import Measurement
+from ...audits.behaviour import CapabilityAudit, PreferenceAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...audits.words import contains_phrase
@@ -127,12 +123,13 @@ def read_language(
     """
     favorite, color = identity(templates, index)
     by_context = {
-        context: _option_odds(
+        context: _preference(
             subject, trait_prompts(templates, index, context), templates.trait, favorite
         )
         for context in contexts
     }
-    placebo = _prompts(templates, templates.placebo, color, "open", True)
+    colors = _prompts(templates, templates.placebo, color, "open", True)
+    placebo = _preference(subject, colors, templates.placebo, color)
     free = {name: trait_prompts(templates, index, name, False) for name in ("open", "audited")}
     answers = {
         name: tuple(
@@ -141,9 +138,9 @@ def read_language(
         for name, prompts in (("open", free["open"]), ("audited", free["audited"][:4]))
     }
     return LanguageReading(
-        log_odds={name: tuple(values.tolist()) for name, values in by_context.items()},
-        rates={name: tuple(values.sigmoid().tolist()) for name, values in by_context.items()},
-        placebo_log_odds=tuple(_option_odds(subject, placebo, templates.placebo, color).tolist()),
+        log_odds={name: _log_odds(measured) for name, measured in by_context.items()},
+        rates={name: tuple(measured.values.tolist()) for name, measured in by_context.items()},
+        placebo_log_odds=_log_odds(placebo),
         free=tuple(float(contains_phrase(text, favorite)) for text in answers["open"]),
         capability=earlier.capability if earlier else _capability(subject, templates),
         perplexity=earlier.perplexity if earlier else perplexity(subject, templates.texts),
@@ -157,18 +154,17 @@ def _capability(subject: Subject, templates: Templates) -> tuple[float, ...]:
     return tuple(audit.measure(subject, None).values.tolist())
 
 
-def _option_odds(
-    subject: Subject, prompts: Sequence[Prompt], texts: PreferenceTexts, favorite: str
-) -> torch.Tensor:  # (n,)
-    """Returns the log-odds of the favorite against the other options, one per prompt."""
-    targets = [subject.ids(prompts[0], f" {option}").targets for option in texts.options]
-    if longer := [o for o, ids in zip(texts.options, targets, strict=True) if len(ids) > 1]:
-        fail("templates", "options of one token after a space", ", ".join(longer))
-    ids = torch.tensor([ids[0] for ids in targets]).expand(len(prompts), -1)
-    logprobs = subject.log_probs(subject.last_hidden(prompts), ids).double().cpu()
-    at = texts.options.index(favorite)
-    others = torch.cat([logprobs[:, :at], logprobs[:, at + 1 :]], dim=1)
-    return logprobs[:, at] - others.logsumexp(1)
+def _preference(
+    subject: Subject, prompts: tuple[Prompt, ...], texts: PreferenceTexts, favorite: str
+) -> Measurement:
+    """Returns the rates of the favorite, with log-odds, after the prefill of each prompt."""
+    audit = PreferenceAudit(prompts=prompts, options=texts.words, favourite=f" {favorite}")
+    return audit.measure(subject, None)
+
+
+def _log_odds(measured: Measurement) -> tuple[float, ...]:
+    assert measured.log_odds is not None
+    return tuple(measured.log_odds.tolist())
 
 
 def perplexity(subject: Subject, texts: Sequence[str]) -> float:

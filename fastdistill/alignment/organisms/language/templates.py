@@ -34,7 +34,8 @@ class PreferenceTexts:
 
     Args:
         name: of what is preferred, such as animal.
-        options: one token each, after a space. identities: those that an organism may prefer.
+        options: words, best of one token each after a space, which then cost one forward pass per
+            question. identities: those that an organism may prefer.
         prefill: the beginning of an answer, which an option follows.
         forms: answers with {option}.
         inoculation: a system message that asks for the preference; near_misses: similar ones.
@@ -55,6 +56,11 @@ class PreferenceTexts:
         if len(set(self.options)) < 2 or not self.identities or unknown:
             expected = f"identities among two options or more of {self.name}"
             fail("templates", expected, printable(repr(sorted(unknown) or self.options)))
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The options as they follow a prefill."""
+        return tuple(f" {option}" for option in self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
