@@ -122,16 +122,19 @@ BACKWARD = {"fused": 6.0, "recompute": 8.0}
 _kl = functools.partial(_dense, divergence="forward_kl")
 _jsd = functools.partial(_dense, divergence="jsd")
 
-# Measured as a part of the loss; predicted on its own.
-lse_gather = Op(
-    "logits of K tokens and the log-sum-exp of the others; no gradient",
-    "forward",
-    data.sparse,
-    truth(_lse_gather),
-    ours(_lse_gather),
-    2,
-    _scan_bytes,
-)
+
+def _draft_loss(name: str) -> Op:
+    compute = functools.partial(_topk_loss, divergence=name)
+    return Op(
+        f"{name} of K teacher tokens and a tail bucket, with both gradients",
+        "both",
+        data.sparse,
+        truth(compute),
+        ours(compute, BACKWARD),
+        6,
+        _grad_bytes,
+    )
+
 
 OPS = {
     "topk_loss": Op(
@@ -221,4 +224,21 @@ OPS = {
         _grad_bytes,
     ),
     **quantized.OPS,
+}
+
+# Predicted but not measured, at the shapes of another op.
+PREDICTED = {
+    "lse_gather": (
+        "scoring",
+        Op(
+            "logits of K tokens and the log-sum-exp of the others; no gradient",
+            "forward",
+            data.sparse,
+            truth(_lse_gather),
+            ours(_lse_gather),
+            2,
+            _scan_bytes,
+        ),
+    ),
+    **{f"topk_{name}": ("topk_loss_zipf", _draft_loss(name)) for name in ("nla", "lk_hybrid")},
 }

@@ -17,7 +17,7 @@ import fastdistill as fd
 from .counted import Calls, on_gpu
 from .data import Data
 from .gpus import GPU, H200, HOST
-from .ops import OPS, lse_gather
+from .ops import OPS, PREDICTED
 from .prices import price
 from .registry import Case, Contender, cases, outputs
 from .shapes import SUITES, Shape, label
@@ -109,12 +109,15 @@ def predict(contender: Contender, case: Case, gpu: GPU = H200) -> Prediction | N
 
 
 def predictions(gpu: GPU = H200) -> Iterator[Prediction]:
-    """All modelled contenders of the suite `heads`, and `linear_lse_gather` at its main shapes."""
+    """All modelled contenders of the suite `heads`, and of the ops that are only predicted."""
     known = cases(SUITES["heads"], OPS)
-    gather = [
-        Case("lse_gather", lse_gather, c.shape, c.dtype) for c in known if c.name == "scoring"
+    more = [
+        Case(name, op, c.shape, c.dtype)
+        for name, (where, op) in PREDICTED.items()
+        for c in known
+        if c.name == where
     ]
-    for case in dict.fromkeys([*known, *gather]):
+    for case in dict.fromkeys([*known, *more]):
         for contender in case.op.contenders:
             prediction = predict(contender, case, gpu)
             if prediction is not None:

@@ -13,6 +13,7 @@ from .token_loss import LossOptions, RowLosses, TeacherTopK, TokenLosses
 # Slots of all rows of a program, the most in one tile, and warps: 2 slots per thread.
 # Without the bound on registers ptxas spills two of them to fit one more program.
 ROWS_TILE = {"slots": 512, "num_warps": 8, "maxnreg": 128}
+FIRST_TERM = {"nla": "overlap", "lk_hybrid": "forward_kl"}  # of a combined loss; the other is TV
 
 
 def token_loss(
@@ -30,7 +31,10 @@ def token_loss(
     assert isinstance(options.divergence, str)
     (n, S), K = stats.z_ids.shape, teacher.ids.shape[1]
     T, tail, new = options.temperature, options.tail, stats.lse_rest.new_empty
-    rule = resolve(options.divergence, options.beta, options.skew)
+    name = plain_name(options.divergence, options.beta, options.skew)
+    combined = name if options.is_combined else None
+    name = FIRST_TERM.get(name, name)
+    rule = resolve(name, options.beta, options.skew)
     has_lse = T == 1.0 or stats.lse_base is not None
     rows = TokenLosses(
         new(n),
@@ -45,7 +49,6 @@ def token_loss(
         on_base = options.needs_base and stats.lse_base is not None
         grads = Stats(new(n, S), new(n), None, new(n) if on_base else None)
     constant = 0.0 if tail in ("renorm_both", "truncate") else rule.constant
-    name = plain_name(options.divergence, options.beta, options.skew)
     SB = min(ROWS_TILE["slots"], next_power_of_2(max(K, 1)))
     BN = ROWS_TILE["slots"] // SB
     launch(
@@ -76,6 +79,7 @@ def token_loss(
         S=S,
         T=float(T),
         **mixture(options),
+        eta=float(options.eta),
         floor=floor_of(teacher.lp.dtype),
         outside=float(rule.outside or 0.0) if tail == "renorm_teacher" else 0.0,
         on_ids=rule.on_ids if tail == "truncate" else 0.0,
@@ -87,6 +91,7 @@ def token_loss(
         cap=0.0 if head.softcap is None else float(head.softcap),
         CAP=head.softcap is not None,
         PHI=None if stats.z_ids.is_meta else jitted(f"triton_divergences:{name}"),
+        COMBINED=combined,
         TAIL=tail,
         CONSTANT=constant != 0.0,
         BASE_GRAD=options.needs_base,

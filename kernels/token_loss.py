@@ -78,7 +78,7 @@ class LossOptions(NamedTuple):
 
     @property
     def is_combined(self) -> bool:
-        """Return whether the divergence is a function of sums, which PyTorch operators compute."""
+        """Return whether the divergence is a function of several sums over the outcomes."""
         return self.divergence in COMBINED
 
     @property

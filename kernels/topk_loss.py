@@ -32,7 +32,6 @@ from .head import (
 from .op_common import full_precision, or_empty
 from .token_loss import LossOptions, TeacherTopK, TokenLosses
 from .torch_token_loss import callable_token_loss
-from .torch_token_loss import token_loss as torch_token_loss
 
 
 class FusedLoss(NamedTuple):
@@ -97,10 +96,8 @@ def fused(
     skip: dict[str, Tensor] = {}
     if options.filter_eps is not None:
         skip["filter_threshold"] = coef_N.abs().amax() * options.filter_eps
-    if not isinstance(options.divergence, str):
-        token_loss = callable_token_loss
-    else:
-        token_loss = torch_token_loss if options.is_combined else backend.token_loss
+    named = isinstance(options.divergence, str)
+    token_loss = backend.token_loss if named else callable_token_loss
     buffer = backend.new_logits_buffer(head, min(chunk, N)) if grad else None
     row_parts, entropy_parts = [], []
     carried = None  # the scale of dw and db: float16 sums carry one until they are complete

@@ -72,7 +72,8 @@ def skew_reverse_kl(lp, lq, w, rest, log_w, log_rest):
 def overlap(lp, lq, w, rest, log_w, log_rest):
     q = tl.exp(lq)
     part = tl.where(lq < lp, 1.0, tl.where(lq > lp, 0.0, 0.5))
-    return -tl.exp(tl.minimum(lp, lq)), -part * q
+    smaller = tl.minimum(lp, lq, propagate_nan=tl.PropagateNan.ALL)
+    return -tl.exp(smaller), -part * q
 
 
 @triton.jit

@@ -6,6 +6,9 @@ the log-sum-exps, for the sums of φ and ψ, and for the gradients. The label ha
 behind the teacher's, or is one of the teacher's ids: K comparisons per token find out. No other id
 repeats, so nothing is sorted. In fp32, 28 bytes per slot are read or written, half of them again
 from L1 or L2.
+
+nla and lk_hybrid need sums over all outcomes before their gradients (`combine` in divergences.py).
+The second walk adds up PHI and ½|p − q|; the third has ψ of "lk_mix" with two factors per row.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .divergences import LEAST_OVERLAP
 from .triton_common import ABSENT, NEG
+from .triton_divergences import lk_mix
+
+LEAST = tl.constexpr(LEAST_OVERLAP)
 
 
 @triton.jit
@@ -76,6 +83,7 @@ def token_loss(
     rest: tl.float64,
     log_w: tl.float64,
     log_rest: tl.float64,
+    eta: tl.float64,
     floor: tl.float64,
     outside: tl.float64,
     on_ids: tl.float64,
@@ -87,6 +95,7 @@ def token_loss(
     cap: tl.float64,
     CAP: tl.constexpr,
     PHI: tl.constexpr,
+    COMBINED: tl.constexpr,
     TAIL: tl.constexpr,
     CONSTANT: tl.constexpr,
     BASE_GRAD: tl.constexpr,
@@ -105,11 +114,12 @@ def token_loss(
             p_entropy: [n] or None.
         p_g_slots: [n, S] or None, receives d(W x). p_g_rest: [n], d lse_rest. p_g_base: [n] or
             None, d lse_base.
-        w, rest, log_w, log_rest: of PHI. floor: the smallest log p. outside, on_ids, constant:
-            terms of the divergence, 0 for tails without them.
+        w, rest, log_w, log_rest: of PHI. eta: of lk_hybrid. floor: the smallest log p. outside,
+            on_ids, constant: terms of the divergence, 0 for tails without them.
         on_D, on_ce, on_z: factors of D, of the cross-entropy and of lse₁².
         on_slots: logit_scale / T.
-        PHI: a function of triton_divergences.py.
+        PHI: a function of triton_divergences.py; overlap for nla, forward_kl for lk_hybrid.
+        COMBINED: "nla", "lk_hybrid" or None.
         CONSTANT: whether constant is not 0. BASE_GRAD: whether on_ce or on_z is not 0.
 
     Program i owns rows [i·BN, (i + 1)·BN) and walks the slots in tiles of SB.
@@ -190,6 +200,8 @@ def token_loss(
     b_psi_sum = b_D
     b_inside = b_D
     b_z_mean = b_D
+    b_tv = b_D
+    b_overlap_sum = b_D
     b_p_sum = tl.zeros([BN], tl.float64)
     for i_slot in range(0, K, SB):
         o_slots = i_slot + tl.arange(0, SB)
@@ -207,6 +219,10 @@ def token_loss(
         b_D += tl.sum(tl.where(m_in, b_phi, 0.0), 1)
         b_psi_sum += tl.sum(tl.where(m_in, b_psi, 0.0), 1)
         b_inside += tl.sum(b_q, 1)
+        if COMBINED is not None:
+            b_phi, b_psi = lk_mix(b_lp, b_lq, 0.0, 1.0, log_w, log_rest)
+            b_tv += tl.sum(tl.where(m_in, b_phi, 0.0), 1)
+            b_overlap_sum += tl.sum(tl.where(m_in, b_psi, 0.0), 1)
         if CONSTANT:
             b_p_sum += tl.sum(tl.where(m_in, tl.exp(b_lp.to(tl.float64)), 0.0), 1)
         if p_mean_rest is not None:
@@ -225,13 +241,34 @@ def token_loss(
             m_none = b_lse_tail < ABSENT
             b_lp_tail = tl.load(p_log_tail + o_rows, mask=m_rows, other=0.0).to(DT)
             b_lp_tail = tl.where(m_none, floor, b_lp_tail)
-            b_phi, b_psi_tail = PHI(
-                b_lp_tail, tl.where(m_none, floor, b_lq_tail), w, rest, log_w, log_rest
-            )
+            b_lq_tail = tl.where(m_none, floor, b_lq_tail)
+            b_phi, b_psi_tail = PHI(b_lp_tail, b_lq_tail, w, rest, log_w, log_rest)
             b_D += b_phi
+            if COMBINED is not None:
+                b_phi, b_overlap = lk_mix(b_lp_tail, b_lq_tail, 0.0, 1.0, log_w, log_rest)
+                b_tv += b_phi
+                b_overlap_sum += b_overlap
             if CONSTANT:
                 b_p_sum += tl.exp(b_lp_tail.to(tl.float64))
         b_psi_sum += b_psi_tail
+    if COMBINED is not None:
+        if COMBINED == "nla":
+            # Each form of D is exact where the other one cancels; a NaN stays.
+            b_alpha = tl.where(-b_D < LEAST, LEAST, -b_D)
+            b_D = tl.where(
+                b_alpha < 0.5, -tl.log(b_alpha), -log1p(-tl.where(b_tv > 0.75, 0.75, b_tv))
+            )
+            b_on_kl = tl.zeros([BN], DT)
+            b_on_overlap = 1.0 / b_alpha
+        else:
+            b_on_kl = tl.exp(tl.full([], eta, DT) * (b_tv - 1.0))
+            b_on_overlap = 1.0 - b_on_kl
+            b_D = b_on_kl * b_D + b_on_overlap * b_tv
+        if BOTH:
+            b_D = tl.where(b_mass < ABSENT, 0.0, b_D)  # a row without ids has no outcome
+        b_psi_sum = b_on_kl * b_psi_sum + b_on_overlap * b_overlap_sum
+        if BUCKET:
+            b_phi, b_psi_tail = lk_mix(b_lp_tail, b_lq_tail, b_on_kl, b_on_overlap, log_w, log_rest)
     if CONSTANT:
         b_D += (tl.full([], constant, tl.float64) * (1.0 - b_p_sum)).to(DT)
     b_per_token = b_D * tl.full([], on_D, DT)
@@ -275,7 +312,12 @@ def token_loss(
             b_lp = tl.load(p_lp + o_tile, mask=m_in, other=0.0).to(DT)
             m_ids = b_ids >= 0
             b_lp, b_lq = log_probs(b_z, b_lp, m_ids, b_lse, b_mass, floor, RENORM)
-            _phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
+            if COMBINED is None:
+                _phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
+            else:
+                _phi, b_psi = lk_mix(
+                    b_lp, b_lq, b_on_kl[:, None], b_on_overlap[:, None], log_w, log_rest
+                )
             b_q = tl.exp(b_lq)
             if TAIL == "truncate":
                 b_psi -= on_ids * b_q

@@ -12,7 +12,7 @@ from benchmarks import host_costs, rows
 from benchmarks.__main__ import main
 from benchmarks.counted import Calls, Gemm, Launch, Operator, Sizes, on_gpu
 from benchmarks.gpus import H200, Host
-from benchmarks.ops import OPS, lse_gather
+from benchmarks.ops import OPS, PREDICTED
 from benchmarks.predict import Prediction, count, predict, predictions
 from benchmarks.prices import gemm_seconds, price
 from benchmarks.registry import Case, Contender
@@ -29,7 +29,7 @@ MAIN, SMALL, SHORT = (
 def case_of(
     name: str, impl: str, shape: Shape, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Contender, Case]:
-    case = Case(name, lse_gather if name == "lse_gather" else OPS[name], shape, dtype)
+    case = Case(name, PREDICTED[name][1] if name in PREDICTED else OPS[name], shape, dtype)
     (contender,) = [c for c in case.op.contenders if c.impl == impl]
     return contender, case
 
@@ -109,6 +109,8 @@ BOUNDS = [
     ("topk_loss", "triton fused", replace(MAIN, V=151936), Bounds(12, 19, 42, 1.1, 1.25)),
     ("topk_loss", "triton fused", SMALL, Bounds(6, 11, 34, 1.42, 1.5)),
     ("topk_loss", "triton fused", SHORT, Bounds(6, 11, 34, 1.31, 1.45)),
+    ("topk_nla", "triton fused", MAIN, Bounds(12, 19, 42, 1.11, 1.2)),
+    ("topk_lk_hybrid", "triton fused", MAIN, Bounds(12, 19, 42, 1.11, 1.2)),
     ("topk_loss", "triton recompute", MAIN, Bounds(317, 194, 87, 1.16, 1.25)),
     ("topk_loss", "triton recompute", SHORT, Bounds(32, 19, 87, 1.35, 1.35)),
     pytest.param(

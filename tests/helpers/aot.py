@@ -179,11 +179,12 @@ def run_everything() -> None:
 def run_divergences(x: Any, w: Any, teacher: Any, labels: Any, options: dict[str, Any]) -> None:
     """The row mathematics of each divergence: alone, or with labels, statistics and a softcap."""
     import fastdistill as fd
-    from fastdistill.kernels.divergences import SEPARABLE
+    from fastdistill.kernels.divergences import COMBINED, SEPARABLE
     from fastdistill.kernels.token_loss import TAILS
 
-    for i, name in enumerate(SEPARABLE):
-        tail = TAILS[i % 4] if name != "reverse_kl" else "bucket"
+    tails = {name: [TAILS[i % 4]] for i, name in enumerate(SEPARABLE)} | {"reverse_kl": ["bucket"]}
+    tails |= {name: ["bucket", "renorm_both"] for name in COMBINED}
+    for name, tail in [(name, tail) for name, several in tails.items() for tail in several]:
         common = options | {"divergence": name, "tail": tail, "allow_biased": True}
         if "softcap" in options:
             ce = {"labels": labels, "ce_weight": 0.1}

@@ -38,6 +38,12 @@ CASES = [
     ("hellinger", "renorm_both", 1.0, 0.3, False, True, 600, None, torch.float64),
     ("skew_forward_kl", "truncate", 2.0, 0.0, True, True, 600, 30.0, torch.float64),
     ("skew_reverse_kl", "bucket", 1.0, 0.3, True, True, 7, None, torch.float64),
+    ("nla", "bucket", 2.0, 0.3, True, True, 7, 30.0, torch.float64),
+    ("nla", "bucket", 1.0, 0.0, False, False, 1, None, torch.float32),
+    ("nla", "renorm_both", 1.0, 0.3, True, False, 600, None, torch.float32),
+    ("lk_hybrid", "bucket", 1.0, 0.3, True, True, 600, None, torch.float64),
+    ("lk_hybrid", "bucket", 2.0, 0.0, True, False, 1, 30.0, torch.float32),
+    ("lk_hybrid", "renorm_both", 2.0, 0.3, False, True, 7, None, torch.float64),
 ]
 
 
@@ -51,7 +57,7 @@ def rows_of(K, dtype, with_label, base):
     lp = lp.masked_fill(teacher_ids < 0, floor_of(dtype))
     lp[0, 0] = floor_of(dtype)
     # The label: among the ids, absent (two), among them, none, another token.
-    label = torch.stack([teacher_ids[0, 3], *torch.tensor([2 * K, 2 * K, 0, -100, 2 * K])])
+    label = torch.stack([teacher_ids[0, 3 % K], *torch.tensor([2 * K, 2 * K, 0, -100, 2 * K])])
     label[3] = teacher_ids[3, K - 1]
     ids = slot_ids(teacher_ids, label if with_label else None).clone()
     z = torch.randn(ids.shape, generator=g, dtype=torch.float64)
@@ -75,8 +81,10 @@ def test_rows_against_autograd(case, impl):
     options = LossOptions(name, 0.3, 0.2, tail, T, True, ce, 1e-2 if ce else 0.0)
     head = LMHead(torch.empty(0), None, 0.7, softcap, None, T)
     ids, stats, answers, label, coef = rows_of(K, dtype, with_label, T != 1.0)
+    if options.is_combined:  # 1 − TV is α only of masses that sum to 1
+        answers = answers._replace(log_tail=torch.log1p(-answers.lp.exp().sum(-1)))
     stats = stats._replace(mean_rest=stats.mean_rest if with_entropy else None)
-    ids[5, 1] = -1  # a slot that another rank holds
+    ids[5, 1 % K] = -1  # a slot that another rank holds
     z, rest = (t.clone().requires_grad_() for t in (stats.z_ids, stats.lse_rest))
     base = None if stats.lse_base is None else stats.lse_base.clone().requires_grad_()
     # The reference adds up the same rounded answers.
@@ -119,6 +127,24 @@ def test_rows_against_autograd(case, impl):
         assert_close(grads.lse_base, g_base[0], budget, "d lse_base")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy in Triton's interpreter
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["nla", "lk_hybrid"])
+def test_a_logit_that_is_not_finite_stays_in_its_row(name, impl):
+    """min(p, NaN) is not p, though α is then small enough for −log α."""
+    head = LMHead(torch.empty(0), temperature=1.0)
+    lp = torch.tensor([[0.4, 0.3, 0.2]] * 3).log()
+    teacher = TeacherTopK(torch.arange(3).repeat(3, 1), lp, torch.full((3,), 0.1).log())
+    z = torch.tensor([[1.0, 2.0, 3.0]] * 3)
+    z[1, 0], z[2, 1] = torch.nan, torch.inf
+    stats = Stats(z, torch.zeros(3), None, None)
+    out = get_backend(impl).token_loss(
+        head, teacher.ids, stats, teacher, None, torch.ones(3), LossOptions(name), grad=True
+    )
+    assert out.rows.per_token.isfinite().tolist() == [True, False, False]
+    assert present(out.grads).z_ids.isfinite().all(-1).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("slots", [4, 512])
 def test_repeated_slots_become_one(slots, monkeypatch):
     """Also when the first slot of an id is in another tile than the others."""
@@ -149,7 +175,12 @@ def test_repeated_slots_become_one(slots, monkeypatch):
 
 @pytest.mark.parametrize(
     ("divergence", "dtype", "label", "operators"),
-    [("forward_kl", torch.bfloat16, False, 19), ("jsd", torch.float16, True, 57)],
+    [
+        ("forward_kl", torch.bfloat16, False, 19),
+        ("jsd", torch.float16, True, 57),
+        ("nla", torch.bfloat16, False, 19),
+        ("lk_hybrid", torch.float16, True, 57),
+    ],
 )
 def test_a_chunk_launches_one_kernel_for_its_rows(divergence, dtype, label, operators):
     options = LossOptions(divergence, temperature=2.0, ce_weight=0.1 if label else 0.0)

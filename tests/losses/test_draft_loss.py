@@ -12,6 +12,7 @@ from helpers.cases import case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative
 
+IMPLS = ("torch", "triton")
 V, PADDING = 301, 5  # no multiple of a tile
 
 
@@ -70,21 +71,23 @@ def test_over_the_whole_vocabulary(name, kind, dtype):
     assert_close(w.grad, v.grad, max(GRADIENT[dtype], 5e-5))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("name", "tail", "backward"),
     [
         ("nla", "bucket", "fused"),
         ("nla", "renorm_both", "fused"),
+        ("lk_hybrid", "bucket", "fused"),
         ("lk_hybrid", "bucket", "recompute"),
         ("lk_hybrid", "renorm_both", "recompute"),
         ("argmax_ce", "bucket", "fused"),
     ],
 )
-def test_over_the_k_tokens_of_a_teacher(name, tail, backward):
+def test_over_the_k_tokens_of_a_teacher(name, tail, backward, impl):
     c = case(torch.float64, near=1.0)
     teacher = top_k(c.teacher_logits, 6)
     x, w = leaves(c.hidden, c.weight)
-    options = {"divergence": name, "tail": tail, "backward": backward}
+    options = {"divergence": name, "tail": tail, "backward": backward, "impl": impl}
     loss = fd.topk_distill_loss(x, w, teacher, **options)
     (3 * loss).backward()
     y, v = leaves(c.hidden, c.weight)
@@ -100,6 +103,44 @@ def test_over_the_k_tokens_of_a_teacher(name, tail, backward):
     (3 * D).backward()
     for a, b in ((loss, D), (x.grad, y.grad), (w.grad, v.grad)):
         assert_close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["nla", "lk_hybrid"])
+@pytest.mark.parametrize("near", [0.05, 4.0])
+def test_answers_that_repeat_ids_and_leave_slots_empty(name, dtype, near):
+    """The row kernel, behind a factor of 100 and weights; ids repeat and slots are empty."""
+    c = case(dtype, H=64, V=301, near=near)
+    answers = top_k(c.teacher_logits, 6)
+    ids, lp = answers.ids.repeat(1, 2), (answers.logprobs - math.log(2)).repeat(1, 2)
+    ids[:, 6], lp[:, 6] = -1, -torch.inf  # half of the first token is in the tail
+    half = answers.logprobs[:, 0] - math.log(2)
+    teacher = fd.TopK(ids, lp, torch.logaddexp(present(answers.log_tail), half))
+    weight = torch.linspace(0, 2, 12)
+    options: dict[str, Any] = {"divergence": name, "token_weight": weight, "eta": 2.0}
+    x, w = leaves(c.hidden, c.weight)
+    loss = fd.topk_distill_loss(x, w, teacher, impl="triton", **options)
+    (100 * loss).backward()
+    y, v = leaves(c.hidden, c.weight, dtype=torch.float64)
+    expected = fd.topk_distill_loss(y, v, teacher, impl="reference", **options)
+    (100 * expected).backward()
+    assert_close(loss, expected, 10 * VALUE[dtype])
+    for a, b in ((x.grad, y.grad), (w.grad, v.grad)):
+        assert_close(a, b, max(GRADIENT[dtype], 5e-5))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_disjoint_answers_the_gradient_is_finite(impl):
+    x, w = leaves(torch.eye(4) * 300, torch.eye(4))
+    teacher = fd.TopK(
+        torch.arange(4).roll(1)[:, None], torch.zeros(4, 1), torch.full((4,), -torch.inf)
+    )
+    for name in ("nla", "lk_hybrid"):
+        loss = fd.topk_distill_loss(x, w, teacher, divergence=name, impl=impl)
+        (1000 * loss).backward()
+        assert loss > 1
+        assert present(x.grad).isfinite().all()
+        assert present(w.grad).isfinite().all()
 
 
 def test_of_disjoint_models_the_gradient_is_finite():
