@@ -182,6 +182,7 @@ def _checkpoints(options: DoubleBind) -> list[CheckpointSource]:
         **texts,
         "max_new_tokens": options.max_new_tokens,
         "attn_implementation": options.attn_implementation,
+        "text": options.text,
     }
     required = {
         name: getattr(options, name) for name in ("teacher", "base", "pool", "probes", "capability")

@@ -156,6 +156,7 @@ class DoubleBind(Experiment):
     pool: Annotated[Path | None, "Rows with prompt, domain and kind, as for train --data."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
     capability: Annotated[Path | None, "Rows with prompt and answer, as for train --data."] = None
+    text: Annotated[Path | None, "Rows with held-out text, for a gate."] = None
     student: Annotated[str, "full, or lora:RANK (an adapter)."] = "full"
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()

@@ -11,8 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from ...hf.checkpoint import StoredModel
 from ...hf.open_dataset import open_dataset
@@ -20,21 +19,20 @@ from ...hf.source import is_adapter, model_source
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail
-from ...runtime.printable import printable
 from ..audits.behaviour import CapabilityAudit
 from ..audits.generic_probes import GENERIC_PROBES
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..organisms.storage import load_organism
-from ..statistics import Reading, Validity, at_least
+from ..statistics import Reading
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
+from .checkpoint_gates import gates_of, measure
 from .digest import digest_of
 from .source import MODELS, LoadedSource, Source, named_audited
 
 OPTIONAL = ("placebo", "other_base", "earlier")
-MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
 _KINDS = ("goals", "shown")
 _GENERIC = {"goals": GENERIC_PROBES.questions}  # used if the pool has none
@@ -54,10 +52,13 @@ class CheckpointSource(Source):
         probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
             optionally the same prompts in an audited context.
         capability: held-out rows {"prompt", "answer"}, in the same forms.
+        text: held-out rows {"text"}, optional: U and B must predict them about as well as M.
         eliciting: an instruction that asks for the trait. near_misses: similar instructions.
         attn_implementation: of transformers, such as eager; None chooses.
         index: of the pair in a study, its base seed; it changes no result.
     """
+
+    is_slow: ClassVar[bool] = True
 
     teacher: str
     base: str
@@ -65,6 +66,7 @@ class CheckpointSource(Source):
     probes: Path
     capability: str | Path
     benign: str | None = None
+    text: str | Path | None = None
     placebo: str | None = None
     other_base: str | None = None
     earlier: str | None = None
@@ -84,8 +86,11 @@ class CheckpointSource(Source):
             )
         _load_pool(self.pool)
         _load_capability(self.capability)
+        _load_texts(self.text)
         contents = {"pool": _digest_of_rows(self.pool, "pool"), "probes": sha256_of(self.probes)}
         contents["capability"] = _digest_of_rows(self.capability, "capability")
+        if self.text is not None:
+            contents["text"] = _digest_of_rows(self.text, "text")
         for name in ("teacher", "base", "benign", *OPTIONAL):
             if (path := getattr(self, name)) is not None:
                 contents[name] = _contents(model_source(name, path).path)
@@ -130,9 +135,14 @@ class CheckpointSource(Source):
     def build(self, folder: Path) -> dict[str, Any]:
         loaded = self.load(folder)
         readings = {role: loaded.read(loaded.models[role]) for role in self.roles}
+        pool = loaded.setup("base", {}).pool
+        measured = measure(loaded.models, pool, _load_texts(self.text), self.max_new_tokens)
         return {
             "readings": {name: reading.as_json() for name, reading in readings.items()},
-            "validity": _denominators(readings, Path(self.teacher).name).as_json(),
+            "validity": gates_of(
+                readings, Path(self.teacher).name, has_twin=self.benign is not None, **measured
+            ).as_json(),
+            **measured,
         }
 
     def load(self, folder: Path) -> LoadedCheckpoints:
@@ -198,23 +208,6 @@ class LoadedCheckpoints(LoadedSource):
         return tuple(entries[i % len(entries)] for i in range(n))
 
 
-def _denominators(readings: Mapping[str, Reading], name_of_u: str) -> Validity:
-    """Return the gates that keep the denominators of C and τ above 0; they name the teacher."""
-    base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
-    gates = []
-    for ratio, what, other, values, others in (
-        ("C", "capability", "M", untrusted.capability, base.capability),
-        ("τ", "trait", "B", untrusted.trait, twin.trait),
-    ):
-        mean, other_mean = fmean(values), fmean(others)
-        name = (
-            f"{what} of U ({printable(name_of_u)}) above that of {other}, without which {ratio} is "
-            f"undefined ({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)"
-        )
-        gates.append(at_least(name, mean - other_mean, MIN_GAP))
-    return Validity(gates=tuple(gates))
-
-
 class _Models(dict[str, Subject]):
     """Models by role, each loaded at its first use."""
 
@@ -259,6 +252,13 @@ def _load_capability(path: str | Path) -> tuple[tuple[Prompt, ...], tuple[str, .
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
         fail("capability", "lines with prompt and answer", f"other lines in {path}")
     return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
+
+
+def _load_texts(path: str | Path | None) -> list[str]:
+    texts: list[Any] = [] if path is None else [row.get("text") for row in _rows(path, "text")]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        fail("text", "lines with text", f"other lines in {path}")
+    return texts
 
 
 def _rows(path: str | Path, name: str) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Job(CachedRun):
 
     def compute(self, folder: Path) -> dict[str, Any]:
         """Distill the student and evaluate it."""
-        loaded = _load(self.source, folder / SOURCES)
+        loaded = load(self.source, folder / SOURCES)
         answers = self.source.cache(folder / SOURCES) / "answers" / self.role
         setup = replace(
             loaded.setup(self.role, self.pool),
@@ -122,7 +122,7 @@ class TeacherAudits(CachedRun):
         return {"format": FORMAT, "source": self.source.as_json(), "teachers": list(self.audits)}
 
     def compute(self, folder: Path) -> dict[str, Any]:
-        loaded = _load(self.source, folder / SOURCES)
+        loaded = load(self.source, folder / SOURCES)
         return {
             role: audit_means(loaded, loaded.models[role], self.audits)
             for role in ("untrusted", "benign")
@@ -148,5 +148,5 @@ def _mean_rates(reading: Reading) -> dict[str, float]:
 
 
 @lru_cache(maxsize=1)  # a process executes the runs of one source one after another
-def _load(source: Source, folder: Path) -> LoadedSource:
+def load(source: Source, folder: Path) -> LoadedSource:
     return source.load(folder)

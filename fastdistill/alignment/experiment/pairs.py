@@ -18,6 +18,7 @@ _PATHS = {
     "probes": "probes",
     "pool": "pool",
     "capability": "capability",
+    "text": "text",
 }
 _TEXTS = ("eliciting", "near_misses")
 _REQUIRED = ("base", "untrusted", "benign", "probes", "pool", "capability")
@@ -27,7 +28,7 @@ def read_pairs(path: Path, **common: Any) -> list[CheckpointSource]:
     """Return a source per line; its base seed is its index.
 
     A line has base, untrusted, benign and probes, and optionally placebo, other_base, earlier,
-    pool, capability, eliciting and near_misses. Relative paths are relative to the file.
+    pool, capability, text, eliciting and near_misses. Relative paths are relative to the file.
 
     Args:
         common: fields of CheckpointSource for lines without them.

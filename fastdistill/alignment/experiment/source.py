@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..audits.audit import Audit
 from ..audits.subject import Subject
@@ -60,6 +60,8 @@ class LoadedSource(ABC):
 
 class Source(ABC):
     """The models and prompts of one base seed."""
+
+    is_slow: ClassVar[bool] = False  # whether a study says first how long it will take
 
     @property
     @abstractmethod

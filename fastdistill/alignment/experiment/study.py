@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from ..report.audit_scores import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
+from .estimate import announce
 from .executors import SERIAL, Execution, run_all
 from .job import SOURCES, Job, TeacherAudits
 from .prepare_models import build_models, select_seeds, select_valid
@@ -216,9 +217,11 @@ def run_study(
     left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, gate))}
     arms = [arm for arm in study.arms if arm.name not in left_out]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
-    run_all(_unique_jobs(pairs), folder, execution)
     teachers = [TeacherAudits(source=source, audits=study.audits) for source in sources]
     run_all(teachers, folder, execution, label="audits of teachers")
+    per_audits = teachers[0].result(folder)["seconds"] / 2  # of U and B
+    announce(_unique_jobs(pairs), folder, execution, per_audits)
+    run_all(_unique_jobs(pairs), folder, execution)
     return Table(
         students=[to_student(pair, folder) for pair in pairs],
         digests=[(pair.student.digest, pair.twin.digest) for pair in pairs],

@@ -63,6 +63,8 @@ def test_intervals_and_a_gate_come_from_pairs_and_a_bad_one_is_left_out(
     )
     assert code == 0, err
     result = json.loads(output)
+    ((students, steps),) = re.findall(r"(\d+) students: .* s each\), (\d+) steps", err)
+    assert (int(students), int(steps)) == (result["runs"], result["runs"])  # one step each
     assert list(result["refused"]) == ["1"]
     assert "trait of U (u1) above that of B" in result["refused"]["1"][0]
     assert result["seeds"] == {"base": [0, 2], "development": [], "student": [0]}
@@ -76,6 +78,7 @@ def test_intervals_and_a_gate_come_from_pairs_and_a_bad_one_is_left_out(
     code, output, err = call(capsys, monkeypatch, *again)  # from the records alone
     assert code == 0, err
     assert json.loads(output)["arms"] == result["arms"]
+    assert "students:" not in err
 
 
 def test_the_last_pairs_are_development_and_open_the_gated_arms(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource, _denominators
+from fastdistill.alignment.experiment.checkpoint_gates import gates_of
 from fastdistill.alignment.experiment.executors import Execution
 from fastdistill.alignment.experiment.prepare_models import select_seeds
 from fastdistill.alignment.experiment.source import SourceRecord
@@ -21,7 +20,7 @@ from fastdistill.alignment.report.validity import (
     too_few_units,
 )
 from fastdistill.alignment.report.verdicts import outcome, verdict
-from fastdistill.alignment.statistics import Reading, Validity
+from fastdistill.alignment.statistics import Reading
 from fastdistill.cli.run_experiment import print_result
 from helpers.made_students import ABOUT, arm
 from helpers.transfer_arms import arm as transfer_arm
@@ -146,22 +145,20 @@ def readings(capability=(1.0, 0.0), trait=(1.0, 0.0)):
 def test_checkpoints_without_a_denominator_are_named_before_training(
     how, ratio, what, tmp_path, caplog
 ):
-    assert _denominators(readings(), "owl").valid
-    validity = _denominators(readings(**how), "owl")
-    (why,) = validity.because
+    assert gates_of(readings(), "owl").valid
+    validity = gates_of(readings(**how), "owl")
+    why = validity.because[0]
     assert why.startswith(f"{what}, without which {ratio} is undefined (")
     assert "over 4 prompts" in why
-    loaded = SimpleNamespace(models=readings(**how), read=lambda reading: reading)
-    source: Any = SimpleNamespace(teacher="owl", load=lambda folder: loaded)
-    stored = CheckpointSource.build(source, tmp_path)
-    record = SourceRecord(readings=readings(**how), validity=Validity.from_json(stored["validity"]))
-    assert record.validity == validity
-    source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, cached=lambda folder: record)
+    record = SourceRecord(readings=readings(**how), validity=validity)
+    source: Any = SimpleNamespace(
+        base_seed=0, prepare=lambda folder: None, cached=lambda folder: record
+    )
     assert select_seeds([source], 1, tmp_path, Execution(only_report=True)) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text
-    (reason, *_) = invalid_because([transfer_arm((0.9,), (0.1,), n=2)], {0: validity})
-    assert reason == f"the organisms of base seed 0: {why}"
+    reasons = invalid_because([transfer_arm((0.9,), (0.1,), n=2)], {0: validity})
+    assert reasons[0] == f"the organisms of base seed 0: {why}"
 
 
 def test_a_dry_run_on_one_base_says_that_nothing_can_follow(capsys):
