@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
+# Control characters, marks that reverse the direction of text, and halves of surrogate pairs.
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _STYLE = """
 :root { --ink: #1c1e21; --soft: #5d6570; --line: #d9dde3; --paper: #ffffff; --wash: #f5f6f8; }
@@ -141,7 +144,7 @@ class Report:
         self, figure: Figure, alt: str, caption: str, notes: str = "", cut: str | None = None
     ) -> str:
         self._figures += 1
-        drawing = to_svg(figure, alt=alt, salt=str(self._figures), cut=cut)
+        drawing = to_svg(figure, alt=_visible(alt), salt=str(self._figures), cut=cut)
         folded = f"<details><summary>Notes</summary>{_text(notes)}</details>" if notes else ""
         return f"<figure>{drawing}<figcaption>{_text(caption)}{folded}</figcaption></figure>"
 
@@ -186,4 +189,9 @@ def to_text(value: Any) -> str:
 
 
 def _text(value: str) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(_visible(value), quote=True)
+
+
+def _visible(value: str) -> str:
+    """Returns a text with hidden characters as escapes, such as \\x1b."""
+    return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], str(value))

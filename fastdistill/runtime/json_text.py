@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .printable import printable
 
@@ -69,14 +69,16 @@ def read_json(
         OSError: it cannot be read.
     """
     path = Path(path)
-    text = bytearray()
     with path.open("rb") as stream:
-        while chunk := stream.read(
-            _CHUNK
-        ):  # read(max_bytes) allocates that much even for a small file
-            text += chunk
-            if len(text) > max_bytes:
-                raise JSONError(
-                    f"{printable(path)}: expected at most {max_bytes:,} bytes, got more"
-                )
-    return parse_json(bytes(text), printable(path), expected)
+        text = read_bounded(stream, printable(path), max_bytes)
+    return parse_json(text, printable(path), expected)
+
+
+def read_bounded(stream: IO[bytes], source: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return the rest of a stream, such as a compressed file; raise JSONError if it is larger."""
+    text = bytearray()
+    while chunk := stream.read(_CHUNK):  # read(max_bytes) allocates that much for a small file too
+        text += chunk
+        if len(text) > max_bytes:
+            raise JSONError(f"{source}: expected at most {max_bytes:,} bytes, got more")
+    return bytes(text)

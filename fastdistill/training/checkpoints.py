@@ -19,6 +19,7 @@ from typing import Any
 
 from ..runtime import checks
 from ..runtime.atomic_files import sha256_of, sync, write_json
+from ..runtime.json_shape import has_shape
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable
 
@@ -58,12 +59,12 @@ def completeness_error(folder: Path) -> str | None:
         return f"it has no {FINISHED}: writing it was interrupted, or something else wrote it"
     except ValueError:
         return f"its {FINISHED} is damaged"
+    stored = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
     for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in stored:
             return f"{printable(name)} is missing"
-        if path.stat().st_size != size:
-            return f"{printable(name)} has {path.stat().st_size:,} bytes, not {size:,}"
+        if stored[name].stat().st_size != size:
+            return f"{printable(name)} has {stored[name].stat().st_size:,} bytes, not {size:,}"
     return None
 
 
@@ -92,7 +93,7 @@ def integrity_error(folder: Path) -> str | None:
                 return f"{name} is missing"
             except (JSONError, OSError) as error:
                 return f"{name} is damaged: {printable(error)}"
-            if name == STATE and not isinstance(content.get("global_step"), int):
+            if name == STATE and not has_shape(content, {"global_step": int, "max_steps?": int}):
                 return f"{name} is damaged: it has no global_step"
     return None
 
@@ -194,11 +195,9 @@ def _check_whole(folder: Path, problem: str | None = None) -> None:
 def _finished(folder: Path) -> dict[str, Any]:
     """Return the content of finished.json; raise ValueError if `mark_complete` did not write it."""
     record: dict[str, Any] = read_json(folder / FINISHED, dict)
-    files, digests = record.get("files"), record.get("sha256", {})
-    if not isinstance(files, dict) or not isinstance(digests, dict):
-        raise ValueError(f"{FINISHED}: expected the names of files")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *digests)):
-        raise ValueError(f"{FINISHED}: expected names inside the folder")
+    is_sound = has_shape(record, {"files": {str: int}, "sha256?": {str: str}})
+    if not is_sound or not record.get("sha256", {}).keys() <= record["files"].keys():
+        raise ValueError(f"{FINISHED}: expected the sizes of files, and their digests")
     return record
 
 

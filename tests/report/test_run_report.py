@@ -143,6 +143,71 @@ def test_a_killed_run_says_so(watched, tmp_path):
     assert "Truncated lines of metrics.jsonl that were left out: 1." in page.text
 
 
+DAMAGE = {
+    "a step": {"step": "4"},
+    "a negative step": {"step": -1},
+    "half a step": {"step": 1.5},
+    "a time": {"time": None},
+    "an infinite time": {"time": float("inf")},
+    "a run": {"run": ["x"]},
+    "an event": {"event": ["train_end"]},
+    "a change": {"event": "train_begin", "changed": {"k": 3}},
+    "changes": {"event": "train_begin", "changed": [1, 2]},
+    "steps": {"event": "train_begin", "max_steps": "many"},
+    "a sample": {"event": "samples", "samples": [{"prompt": "x"}]},
+    "samples": {"event": "samples", "samples": 3},
+    "a quantity": {"event": "nonfinite"},
+    "a first batch": {"event": "first_batch", "kl": 1.0},
+    "counts": {"event": "histograms", "of": "eval", "edges": [1, 2], "counts": {"nll": [1, 2]}},
+    "no counts": {"event": "histograms", "of": "eval", "edges": [1, 2], "counts": {"nll": [0] * 3}},
+    "edges": {"event": "histograms", "of": "eval", "edges": [2, 1], "counts": {"nll": [1] * 3}},
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_line_that_the_trainer_does_not_write_is_left_out(tmp_path, change):
+    """Each of them was a traceback, in one of 22 places of the report."""
+    good = {"run": "a", "time": 1.0, "step": 1, "loss": 2.0}
+    lines = [good, {**good, "step": 3, **change}, {**good, "step": 2}]
+    (tmp_path / NAME).write_text("\n".join(map(json.dumps, lines)))
+    record = read_run(tmp_path)
+    assert (record.damaged, len(record.lines)) == (1, 2)
+    assert points(record, "loss") == [(1, 2.0), (2, 2.0)]
+    assert summary_sentences(record)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "config", "machine", "versions", "changed"])
+@pytest.mark.parametrize("value", [3, {}, ["x"], {"name": {}, "k": "x"}])
+def test_settings_that_the_trainer_does_not_write_are_none(watched, tmp_path, name, value):
+    folder = edited(watched[1], tmp_path / "copy", lambda entry: entry)
+    settings = json.loads((watched[1] / SETTINGS).read_text())
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    assert read_run(folder).settings == settings
+    if name == "versions" and value == {}:
+        value = None
+    (folder / SETTINGS).write_text(json.dumps(settings | {name: value}))
+    assert read_run(folder).settings is None
+
+
+def test_numbers_that_no_float_holds_are_left_out(tmp_path):
+    line = '{"run": "a", "time": 1, "step": 1, "loss": 1%s, "target_tokens": 1e999}'
+    (tmp_path / NAME).write_text(line % ("0" * 400))
+    assert points(read_run(tmp_path), "loss") == []
+
+
+def test_text_of_the_student_stays_on_its_line_and_acts_on_nothing(watched, tmp_path):
+    """U+2028 ends a line for str.splitlines, but not in JSON."""
+    folder = edited(watched[1], tmp_path / "copy", lambda entry: entry)
+    text = "one\u2028two \x1b]52;c;eA==\x07 \u202e \ud800 <script>alert(1)</script>"
+    sample = {"run": "z", "time": 1e10, "step": 4, "event": "samples"}
+    sample["samples"] = [{"prompt": text, "completion": "x"}]
+    with (folder / NAME).open("a", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(json.dumps(sample, ensure_ascii=False).replace("\ud800", "\\ud800") + "\n")
+    assert read_run(folder).damaged == 0
+    text = write_run_report(folder).read_text(encoding="utf-8")
+    assert "one\u2028two \\x1b]52;c;eA==\\x07 \\u202e \\ud800 &lt;script&gt;" in text
+
+
 def test_an_older_folder_is_told_what_it_lacks(watched, tmp_path):
     new = {"target_tokens", "peak_process_memory_gib", "max_steps"}
 

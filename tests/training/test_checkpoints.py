@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -67,6 +68,24 @@ def test_only_what_is_whole_counts(tmp_path):
     assert checkpoints.to_resume_from(open_, tmp_path) == str(open_)  # of another trainer, perhaps
     (whole / "finished.json").write_text("{")
     assert "damaged" in present(checkpoints.completeness_error(whole))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"files": {"model.bin": "10"}}, {"files": {"model.bin": {}}}, {"files": [1]}),
+        *({"sha256": {"model.bin": 3}}, {"sha256": {"other": "x"}}, {"files": {"\0": 1}}),
+        *({"files": {"x" * 5000: 1}}, {"files": {"../checkpoint-20/model.bin": 20}}, {"files": 0}),
+        *({"files": {"/etc/passwd": 1}, "sha256": {"/etc/passwd": "x"}}, {"files": None}),
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_damaged_list_of_files_is_no_traceback(tmp_path, change):
+    whole, _ = folder(tmp_path, 10), folder(tmp_path, 20)
+    record = json.loads((whole / "finished.json").read_text())
+    (whole / "finished.json").write_text(json.dumps(record | change))
+    for find in (checkpoints.completeness_error, checkpoints.integrity_error):
+        assert re.search(r"is damaged|is missing", present(find(whole)))
 
 
 def test_nothing_to_resume_from(tmp_path):

@@ -88,8 +88,9 @@ class Probes:
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():
             value = getattr(self, name)
-            if kind == _PROMPTS and value:
-                set_prompts(self, name)
+            if kind == _PROMPTS:
+                if value not in ((), []):
+                    set_prompts(self, name)
             elif kind == tuple[str, ...]:
                 is_list = isinstance(value, (list, tuple))
                 if not is_list or not all(isinstance(text, str) for text in value):

@@ -92,7 +92,8 @@ def render_turns(name: str, turns: Sequence[Mapping[str, str]], tokenizer: Any) 
 
 def to_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
     """Returns prompts, texts or mappings as prompts; raises ValueError where there are none."""
-    if isinstance(prompts, str) or not isinstance(prompts, Collection) or len(prompts) == 0:
+    is_list = isinstance(prompts, Collection) and not isinstance(prompts, (str, Mapping))
+    if not is_list or len(prompts) == 0:
         fail(name, "one prompt or more", printable(repr(prompts)))
     return tuple(p if isinstance(p, Prompt) else Prompt.from_json(p) for p in prompts)
 

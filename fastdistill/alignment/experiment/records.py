@@ -10,13 +10,15 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ...runtime.atomic_files import write_atomically
-from ...runtime.json_text import parse_json
+from ...runtime.json_shape import has_shape
+from ...runtime.json_text import parse_json, read_bounded
 from ...runtime.printable import printable
 from ..report.audit_scores import AuditScore
 from ..statistics import Reading, Student, Validity
@@ -24,6 +26,52 @@ from .study import ContextRow, NoteRow, Study, Table
 
 FILE = "records.jsonl.gz"
 FORMAT = 1
+
+_GATE = {"name": str, "value": (float, None), "bound": float, "at_least": bool}
+_ARM = {"name": str, "role": str, "description": str, "strategies": [str]}
+_HEAD = {
+    "study": {
+        "title": str,
+        "measured": str,
+        "limits": [str],
+        "arms": lambda arms: has_shape(arms, [_ARM]) and bool(arms),
+    },
+    "about": {
+        "command": str,
+        "config": {str: Any},
+        "versions": {str: (str, None)},
+        "seeds": Any,
+        "limits?": [str],
+        "rule?": (None, lambda rule: has_shape(rule, {"claimed": [str]})),
+    },
+    "validity": {str: {"gates": [_GATE]}},
+    "left_out": {str: str},
+    "refused": {str: [str]},
+    "runs": int,
+}
+_SCORE = {
+    "audit": str,
+    "arm": str,
+    "base_seed": int,
+    "student_seed": int,
+    "of_untrusted": float,
+    "of_benign": float,
+}
+_LINES: dict[str, Any] = {
+    "student": {str: Any},  # checked by Student.from_json
+    "score": _SCORE,
+    "teachers": _SCORE,
+    "development": _SCORE,
+    "context": {
+        "arm": str,
+        "base_seed": int,
+        "context": str,
+        "of_untrusted": float,
+        "of_benign": float,
+    },
+    "note": {"arm": str, "base_seed": int, "notes": {str: (float, bool)}},
+}
+_RUNS = {"student": {"runs": [str]}}  # what a line has besides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,40 +136,51 @@ def read_records(path: Path) -> Records:
         ValueError: the file is damaged, or has another format.
     """
     try:
-        head, *lines = (
-            parse_json(line, path.name, dict)
-            for line in gzip.decompress(path.read_bytes()).splitlines()
-        )
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{printable(path)}: expected the records of a study, got a damaged file "
-            f"({printable(error)}); copy it again, or run the study again"
-        ) from None
+        with gzip.open(path, "rb") as stream:
+            text = read_bounded(cast(IO[bytes], stream), path.name)
+        head, *lines = (parse_json(line, path.name, dict) for line in text.splitlines())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise _damaged(path, error) from None
     if head.get("format") != FORMAT:
+        got = printable(repr(head.get("format")), 80)
         raise ValueError(
-            f"{printable(path)}: expected records of format {FORMAT}, got {head.get('format')!r}; "
-            "read them with the version of fastdistill that wrote them"
+            f"{printable(path)}: expected records of format {FORMAT}, got {got}; read them with "
+            "the version of fastdistill that wrote them"
         )
-    rows: dict[str, list[Any]] = {
-        kind: [line[kind] for line in lines if kind in line]
-        for kind in ("student", "score", "teachers", "development", "context", "note")
-    }
-    return Records(
-        study=head["study"],
-        about=head["about"],
-        table=Table(
-            students=[Student.from_json(row) for row in rows["student"]],
-            digests=[tuple(line["runs"]) for line in lines if "student" in line],
-            scores=[AuditScore(**row) for row in rows["score"]],
-            teachers=[AuditScore(**row) for row in rows["teachers"]],
-            development=[AuditScore(**row) for row in rows["development"]],
-            validity={int(k): Validity.from_json(v) for k, v in head["validity"].items()},
-            contexts=[ContextRow(**row) for row in rows["context"]],
-            notes=[NoteRow(**row) for row in rows["note"]],
-            left_out=head["left_out"],
-            refused={int(seed): reasons for seed, reasons in head["refused"].items()},
-            runs=head["runs"],
-        ),
+    rows: dict[str, list[Any]] = {kind: [] for kind in _LINES}
+    for line in lines:
+        kind = next((kind for kind in _LINES if kind in line), None)
+        if kind is None or not has_shape(line, {kind: _LINES[kind], **_RUNS.get(kind, {})}):
+            raise _damaged(path, f"a {kind or 'line'} that is none")
+        rows[kind].append(line[kind])
+    if not has_shape(head, _HEAD):
+        raise _damaged(path, "a first line that describes no study")
+    try:
+        return Records(
+            study=head["study"],
+            about=head["about"],
+            table=Table(
+                students=[Student.from_json(row) for row in rows["student"]],
+                digests=[tuple(line["runs"]) for line in lines if "student" in line],
+                scores=[AuditScore(**row) for row in rows["score"]],
+                teachers=[AuditScore(**row) for row in rows["teachers"]],
+                development=[AuditScore(**row) for row in rows["development"]],
+                validity={int(k): Validity.from_json(v) for k, v in head["validity"].items()},
+                contexts=[ContextRow(**row) for row in rows["context"]],
+                notes=[NoteRow(**row) for row in rows["note"]],
+                left_out=head["left_out"],
+                refused={int(seed): reasons for seed, reasons in head["refused"].items()},
+                runs=head["runs"],
+            ),
+        )
+    except (ValueError, TypeError) as error:  # values out of range, or other names
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{printable(path)}: expected the records of a study, got a damaged file "
+        f"({printable(reason)}); copy it again, or run the study again"
     )
 
 

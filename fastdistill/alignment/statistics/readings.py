@@ -173,7 +173,7 @@ class Student:
 def _to_numbers(name: str, values: Iterable[float], is_share: bool) -> tuple[float, ...]:
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected numbers, one per item, got {values!r:.60}") from None
     if array.ndim != 1:
         fail(name, "one number per item", f"shape {list(array.shape)}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...runtime.json_shape import has_shape
 from ...training.logs.run_files import SETTINGS, RunRecord
 from ..html import to_text
 from .plots import Histogram, Line, Quantity
@@ -70,8 +71,8 @@ def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
     """
     values: dict[int, float] = {}
     for line in record.metrics:
-        value = line.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        value: Any = line.get(name)
+        if has_shape(value, float):
             values[line["step"]] = float(value)
     return list(values.items())
 
@@ -119,7 +120,7 @@ def throughput(record: RunRecord) -> list[tuple[int, float]]:
     rates, previous = [], None
     for line in record.lines:
         tokens, now = line.get("target_tokens"), line["time"]
-        if isinstance(tokens, (int, float)) and previous is not None and now > previous:
+        if has_shape(tokens, float) and previous is not None and now > previous:
             rates.append((line["step"], tokens / (now - previous)))
         if line.get("event") != "first_batch":  # logged in the middle of a step
             previous = now

@@ -15,6 +15,7 @@ The entry of position t is the answer after input_ids[t]; the last token may hav
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -206,6 +207,20 @@ def _integers(packed: Bytes, bits: int, count: int) -> NDArray[np.int64]:
     return each.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
 
 
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn errors of pyarrow, and of columns of another type, into a CacheError."""
+    try:
+        yield
+    except (CacheError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have none
+            raise
+        expected = "a whole Parquet file with lists of numbers"
+        raise CacheError(f"{file}: expected {expected}, got {printable(error)}") from None
+
+
 class ParquetRows:
     """The rows of Parquet files, as a dataset with input_ids and as the source of answers."""
 
@@ -219,8 +234,10 @@ class ParquetRows:
         self._groups: list[tuple[Path, int]] = []
         self._starts = [0]
         for file in files:
-            metadata = self._pq.ParquetFile(file).metadata
-            self.columns = self._columns_of(file, set(metadata.schema.to_arrow_schema().names))
+            with _reading(file):
+                metadata = self._pq.ParquetFile(file).metadata
+                names = set(metadata.schema.to_arrow_schema().names)
+            self.columns = self._columns_of(file, names)
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
@@ -253,14 +270,16 @@ class ParquetRows:
         if self._open is None or self._open[0] != group:
             file, number = self._groups[group]
             columns = ["input_ids", *self.columns]
-            table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
+            with _reading(file):
+                table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
             self._open = (group, table)
         row = self._open[1].slice(index - self._starts[group], 1)
         kinds = {"top_values": "iuf"}
-        return {
-            name: _array(row.column(name), f"row {index}: {name}", kinds.get(name, "iu"))
-            for name in row.column_names
-        }
+        with _reading(self._groups[group][0]):
+            return {
+                name: _array(row.column(name), f"row {index}: {name}", kinds.get(name, "iu"))
+                for name in ("input_ids", *self.columns)
+            }
 
     def answer(self, index: int) -> TopK:
         """[P, k] of a row's first P tokens."""

@@ -9,13 +9,66 @@ a second time; readers use the later line.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ...runtime.json_shape import has_shape
 from ...runtime.json_text import JSONError, parse_json
 
 NAME = "metrics.jsonl"
 SETTINGS = "run.json"
+
+_MOST_STEPS = 1 << 53
+_COUNTED = {"edges": [float], "counts": {str: [int]}}
+
+
+def _is_counted(line: dict[str, Any]) -> bool:
+    """Whether histograms have increasing edges above 0 and a count for each of their bins."""
+    edges = line["edges"]
+    rises = all(0 < a < b for a, b in pairwise(edges))
+    counts = line["counts"].values()
+    return (
+        len(edges) > 1
+        and rises
+        and all(len(c) == len(edges) + 1 and min(c) >= 0 and sum(c) > 0 for c in counts)
+    )
+
+
+_LINE = {"run": str, "time": float, "step": lambda n: type(n) is int and 0 <= n < _MOST_STEPS}
+_NATS = (float, None)
+_EVENTS: dict[str, Any] = {
+    "train_begin": {
+        "max_steps?": int,
+        "changed?": {str: lambda pair: isinstance(pair, list) and len(pair) == 2},
+    },
+    "first_batch": {
+        "k": int,
+        "tokens": int,
+        "kl": _NATS,
+        "kl_shuffled": _NATS,
+        **_COUNTED,
+        **dict.fromkeys(("teacher_mass", "teacher_mass_p5", "overlap"), float),
+        "signal": {"nll": _NATS, "nll_shuffled": _NATS},
+    },
+    "samples": {"samples": [{"prompt": str, "completion": str}]},
+    "histograms": {"of": str, **_COUNTED},
+    "nonfinite": {"of": str},
+}
+_SETTINGS: dict[str, Any] = {
+    "student": {
+        "name": (str, None),
+        "class": str,
+        "parameters": (int, None),
+        "trainable": (int, None),
+    },
+    "teacher": (str, None),
+    "config": {"k": (int, None), "temperature": float, "divergence": str},
+    "changed": [str],
+    "processes": int,
+    "machine": {"gpus": [str], "machine": str, "cpu_capability": str, "threads": int},
+    "versions": {str: (str, None)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +76,8 @@ class RunRecord:
     """The last run in a folder, joined with the runs that it resumed.
 
     lines: metrics and events in the order of writing. settings: content of run.json; None if it is
-    missing or damaged. damaged: number of truncated lines.
+    missing or damaged. damaged: number of lines that the trainer does not write, such as truncated
+    ones.
     """
 
     lines: list[dict[str, Any]]
@@ -49,11 +103,11 @@ def read_run(output_dir: str | Path) -> RunRecord:
     lines: list[dict[str, Any]] = []
     started: set[str] = set()
     damaged = 0
-    for text in (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in (folder / NAME).read_text(encoding="utf-8", errors="replace").split("\n"):
         if not text.strip():
             continue
         line = _object(text)
-        if line is None or not {"run", "step", "time"} <= line.keys():
+        if line is None or not _is_written_by_the_trainer(line):
             damaged += 1
             continue
         if line.get("event") == "train_begin":
@@ -66,7 +120,21 @@ def read_run(output_dir: str | Path) -> RunRecord:
         lines.append(line)
     path = folder / SETTINGS
     settings = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return RunRecord(lines=lines, settings=_object(settings), damaged=damaged)
+    content = _object(settings)
+    if content is not None and not (
+        has_shape(content, _SETTINGS) and set(content["changed"]) <= content["config"].keys()
+    ):
+        content = None
+    return RunRecord(lines=lines, settings=content, damaged=damaged)
+
+
+def _is_written_by_the_trainer(line: dict[str, Any]) -> bool:
+    if "event" not in line:
+        return has_shape(line, _LINE)
+    event = line["event"]
+    shape = _EVENTS.get(event, {}) if isinstance(event, str) else None
+    is_sound = shape is not None and has_shape(line, _LINE | shape)
+    return is_sound and ("counts" not in line or event not in _EVENTS or _is_counted(line))
 
 
 def _object(text: str) -> dict[str, Any] | None:

@@ -211,3 +211,11 @@ def test_every_public_name_is_there():
     assert set(audits.__all__) <= set(dir(audits))
     with pytest.raises(AttributeError, match=re.escape("has no attribute 'Nothing'")):
         audits.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, None, {}, "", 3, [3], [[]], {"user": "x"}])
+def test_a_field_of_prompts_that_is_no_list_of_them(tmp_path, value):
+    """A value that counts as false was taken for an empty list, and had no length."""
+    (tmp_path / "p.json").write_text(json.dumps({"prompts": value}))
+    with pytest.raises(ValueError, match=r"prompts?: expected "):
+        Probes.load(tmp_path / "p.json")

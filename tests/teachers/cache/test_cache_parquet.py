@@ -129,6 +129,38 @@ def test_what_is_not_distillkits(tmp_path):
         ParquetRows(files_of(folder))
 
 
+@pytest.mark.parametrize("flipped", range(0, 240, 3))
+def test_damage_is_an_error_of_the_cache(tmp_path, flipped):
+    """pyarrow has errors of many classes, and some hold control characters."""
+    raw(tmp_path, [[1, 2]], [[[5, 6]]], [[[-0.6, -0.7]]])
+    file = tmp_path / "data_0.parquet"
+    data = bytearray(file.read_bytes())
+    at = len(data) - 9 - flipped  # from the end: the footer comes last, and is most of the file
+    data[at] ^= 0x55
+    file.write_bytes(data)
+    words = ""
+    try:
+        ParquetRows(files_of(tmp_path)).answer(0)
+    except CacheError as error:
+        words = str(error)
+    assert words.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"input_ids": [1], "token_ids": [[[5, 6]]], "top_values": [[[-0.6, -0.7]]]},
+        {"input_ids": [[1]], "token_ids": ["x"], "top_values": [[[-0.6, -0.7]]]},
+        {"input_ids": [[1]], "token_ids": [[[5, 6]]], "top_values": [{"a": 1}]},
+        {"input_ids": [b"x"], "token_ids": [[[5, 6]]], "top_values": [[]]},
+    ],
+)
+def test_columns_of_another_type_are_an_error_of_the_cache(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "data_0.parquet")
+    with pytest.raises(CacheError, match=r"expected "):
+        assert ParquetRows(files_of(tmp_path))[0]
+
+
 def test_a_row_whose_answers_do_not_fit(tmp_path):
     folder = written(tmp_path / "in", GOLDEN["exact"], [[1, 2, 3]])
     with pytest.raises(CacheError, match="row 0: expected 2 or 3 answers to its 3 tokens, got 5"):

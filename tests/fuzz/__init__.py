@@ -1,0 +1,1 @@
+"""Fuzzing of the readers of untrusted files: `python -m fuzz --help`, with tests/ on the path."""

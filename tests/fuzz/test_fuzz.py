@@ -1,0 +1,96 @@
+"""A short run of the fuzzer: `python -m fuzz` tries more. Each reader gets the same inputs always.
+
+docs/hardening.md has the campaigns, and what they found.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+
+import pytest
+
+from fuzz.campaign import Campaign
+from fuzz.mutation import mutate
+from fuzz.oracle import Oracle
+from fuzz.targets import TARGETS, Target, check_page
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LONG = ("gguf smollm2", "records", "run report")  # readers that take seconds to begin
+SHORT = {"model": 10, "config": 20, "tokenizer": 20, "adapter": 20, "run": 60}
+NEEDS = {"gguf types": "gguf", "gguf models": "gguf", "parquet": "pyarrow", "adapter": "peft"}
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+def failures(target: Target, oracle: Oracle, inputs: int, seed: int = 0) -> list[str]:
+    campaign = Campaign(target, oracle)
+    try:
+        if not campaign.places:
+            pytest.skip("its seed is not installed")
+        kinds = campaign.run(inputs, seed).failures
+        return [f"{kind} in {place}, {text}" for (kind, place), (_, text, _) in kinds.items()]
+    finally:
+        campaign.close()
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name not in LONG])
+def test_readers_survive_a_short_run(name, oracle):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    assert failures(TARGETS[name], oracle, SHORT.get(name, 100)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_readers_survive_a_long_run(name, oracle):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    count = 40 * (1 if name in ("gguf smollm2", "run report") else SHORT.get(name, 100))
+    assert failures(TARGETS[name], oracle, count, seed=1) == []
+
+
+def seed(folder):
+    return [{"a.json": b"{}"}]
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda folder: 1 // 0, "ZeroDivisionError in "),
+        (lambda folder: int("x"), "words of ValueError in "),
+        (lambda folder: open("/etc/hostname").close(), "escape in "),
+        (lambda folder: (folder.parent.parent / "x").touch(), "escape in "),
+        (lambda folder: os.system("true"), "escape in .*os.system"),
+        (lambda folder: print("\x1b[2J"), "printed in "),
+        (lambda folder: _fail("expected \x1b[2J"), "escapes in an error in "),
+        (lambda folder: _fail("expected " + "x" * 30_000), "long error in "),
+        (lambda folder: bytearray(310 << 20), "memory in "),
+        (lambda folder: check_page("<p onclick=x>"), "AssertionError in .* onclick"),
+        (lambda folder: check_page("<script>"), "AssertionError in .* <script>"),
+    ],
+)
+def test_the_oracle_sees_what_it_must(read, words, oracle):
+    def bad(folder):
+        if (folder / "a.json").read_bytes() != b"{}":
+            read(folder)
+
+    (failure,) = failures(Target(seed, bad, ()), oracle, 3)
+    assert re.search(words, failure)
+
+
+def _fail(text):
+    raise ValueError(text)
+
+
+def test_changes_follow_from_the_seed():
+    content = b'{"a": [1, 2, {"b": "text"}], "c": null}'
+    first, second = (
+        [mutate("x.json", content, random.Random(n)) for n in range(200)] for _ in range(2)
+    )
+    assert first == second
+    assert len(set(first)) > 150
