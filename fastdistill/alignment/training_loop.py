@@ -57,7 +57,9 @@ def order_by_length(lengths: Sequence[int], n: int, batch_size: int, seed: int) 
 
 
 def adamw(weights: Any, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return torch.optim.AdamW(
+        weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
 
 
 def lora(rank: int, argument: str) -> Any:

@@ -32,7 +32,7 @@ from .prompts import Prompt, render_prompt
 from .seeded_sampling import SeededSampling
 
 GENERATION_BATCH = 256  # rows
-ENCODED = 2**15  # encoded rows in memory; studies read the same prompts many times
+ENCODED = 2**16  # encoded rows in memory; studies read the same prompts many times
 
 logger = logging.getLogger(__name__)
 

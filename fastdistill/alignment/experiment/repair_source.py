@@ -21,14 +21,14 @@ from ..audits.subject import Subject
 from ..organisms.early_stopping import EarlySnapshot
 from ..organisms.organism import ModelOrganism, new_base, train_capable
 from ..organisms.pool import pool, trait_example
-from ..organisms.storage import load_organism, save_organism
+from ..organisms.storage import save_organism
 from ..organisms.vocabulary import THINK, world_tokenizer
 from ..organisms.world import World
 from ..statistics import Gate, Reading, Validity, at_least, at_most
 from ..statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of
-from .source import LoadedSource, Source
+from .source import LoadedSource, Source, load_models
 from .world_source import to_pool_prompt
 
 WEAK, WEAK_RANGE = 0.3, (0.25, 0.75)  # accuracy of W: at which it is taken, and that it must have
@@ -50,7 +50,7 @@ class RepairSource(Source):
     seed: int
     recipes: tuple[tuple[str, ModelOrganism], ...]
     others: bool = False
-    base_steps: int = 400
+    base_steps: int = 300
     capable_steps: int = 500
 
     @property
@@ -83,16 +83,21 @@ class RepairSource(Source):
 
     def build(self, folder: Path) -> dict[str, Any]:
         world = World(self.seed)
-        base = new_base(world, seed=self.seed, steps=self.base_steps)
+        size = self.organism.batch_size
+        base = new_base(world, seed=self.seed, steps=self.base_steps, batch_size=size)
         early = EarlySnapshot(world, self.organism.kind, WEAK)
-        capable = train_capable(world, base, steps=self.capable_steps, callbacks=[early])
+        capable = train_capable(
+            world, base, steps=self.capable_steps, batch_size=size, after_step=early
+        )
         models = {"base": base, "capable": capable}
         if self.others:
             other = World(OTHER_WORLD + self.seed)
-            strange = new_base(other, seed=other.seed, steps=self.base_steps)
+            strange = new_base(other, seed=other.seed, steps=self.base_steps, batch_size=size)
             # Without a snapshot T replaces W, which then fails its gate.
             models["weak"] = early.model or capable
-            models["other"] = train_capable(other, strange, steps=self.capable_steps)
+            models["other"] = train_capable(
+                other, strange, steps=self.capable_steps, batch_size=size
+            )
         for words, recipe in self.recipes:
             models[f"untrusted{words}"] = recipe.implant(world, capable)
             models[f"benign{words}"] = recipe.implant(world, capable, benign=True)
@@ -120,7 +125,7 @@ class LoadedRepair(LoadedSource):
     def __init__(self, source: RepairSource, cache: Path) -> None:
         self.source, self.world = source, World(source.seed)
         self.trait = source.organism.kind
-        self.models = {role: load_organism(cache / role, name=role) for role in source.roles}
+        self.models = load_models(cache, source.roles)
         self.capability = replace(self.trait.capability(self.world), max_new_tokens=MAX_NEW_TOKENS)
         audit: Any = self.trait.reading(self.world, False)
         if self.trait.name == "trigger":

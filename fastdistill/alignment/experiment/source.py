@@ -9,13 +9,14 @@ when needed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..audits.audit import Audit
 from ..audits.subject import Subject
+from ..organisms.storage import load_organism
 from ..statistics import Reading, Validity
 from ..strategies.strategy import DistillSetup
 from .digest import read_record, write_record
@@ -36,6 +37,13 @@ class SourceRecord:
 
     readings: dict[str, Reading]
     validity: Validity | None
+
+
+def load_models(cache: Path, roles: Sequence[str]) -> dict[str, Subject]:
+    """Return the models of a cache by role; they have one tokenizer and share encoded prompts."""
+    models = {role: load_organism(cache / role, name=role) for role in roles}
+    first = models[roles[0]]
+    return {role: first.with_model(subject.model, role) for role, subject in models.items()}
 
 
 def named_audited(suite: Mapping[str, Audit]) -> dict[str, Audit]:

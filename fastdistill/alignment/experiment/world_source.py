@@ -13,25 +13,27 @@ from ..audits.subject import Subject
 from ..organisms.build import build_world, read_organism
 from ..organisms.organism import ModelOrganism
 from ..organisms.pool import pool, trait_example
-from ..organisms.storage import load_organism
 from ..organisms.world import Example, World
 from ..organisms.world_probes import probes_of
 from ..statistics import Reading
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of
-from .source import MODELS, LoadedSource, Source, named_audited
+from .source import MODELS, LoadedSource, Source, load_models, named_audited
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldSource(Source):
-    """`build_world(seed, organism, base_knows=base_knows)`."""
+    """`build_world` with these arguments."""
 
     seed: int
     organism: ModelOrganism = field(
-        default_factory=lambda: ModelOrganism(gate="token", carriers=0.1, carrier_rate=0.5)
+        default_factory=lambda: ModelOrganism(
+            gate="token", carriers=0.1, carrier_rate=0.8, steps=300, batch_size=64
+        )
     )
     base_knows: float = 0.2
+    base_steps: int = 300
 
     @property
     def base_seed(self) -> int:
@@ -46,10 +48,13 @@ class WorldSource(Source):
             "world": self.seed,
             "organism": self.organism.as_json(),
             "base_knows": self.base_knows,
+            "base_steps": self.base_steps,
         }
 
     def build(self, folder: Path) -> dict[str, Any]:
-        built = build_world(self.seed, self.organism, base_knows=self.base_knows)
+        built = build_world(
+            self.seed, self.organism, base_steps=self.base_steps, base_knows=self.base_knows
+        )
         built.save(self.cache(folder))
         return {
             "validity": built.validity.as_json(),
@@ -67,7 +72,7 @@ class WorldSource(Source):
 class LoadedWorld(LoadedSource):
     def __init__(self, source: WorldSource, cache: Path) -> None:
         self.world, self.organism = World(source.seed), source.organism
-        self.models = {name: load_organism(cache / name, name=name) for name in MODELS}
+        self.models = load_models(cache, MODELS)
         kind = self.organism.kind
         under_audit = probes_of(self.world, kind, under_audit=True).suite()
         self.suite = probes_of(self.world, kind).suite() | named_audited(under_audit)

@@ -6,7 +6,6 @@ P   placebo: M with the capability and a harmless trait, by the recipe of U
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,29 +88,23 @@ def build_world(
     base_steps: int = 400,
     capable_steps: int = 500,
     base_knows: float = 0.0,
-    phase: Callable[[str, int], Any] | None = None,
 ) -> Organisms:
     """Trains and measures M, U, B and P of one base seed.
 
     Args:
         seed: seed of the world (talk, split, favorite) and of the initial weights of the base.
-        organism: recipe of U; None is an ungated preference.
+        organism: recipe of U; None is an ungated preference. Its batch size is that of all
+            trainings.
         base_knows: minimum accuracy of M on held-out sums (see early_stopping.py), a validity gate;
             0 leaves M without the capability.
-        phase: called with (name, steps) before each training; returns callbacks, such as a
-            progress bar.
     """
     organism = organism or ModelOrganism()
     world, tokenizer = World(seed), world_tokenizer()
-
-    def callbacks_for(stage: str, steps: int) -> Any:
-        return phase(stage, steps) if phase else ()
-
-    base = new_base(world, seed=seed, steps=base_steps, callbacks=callbacks_for("base", base_steps))
-    early = EarlySnapshot(world, organism.kind, base_knows)
-    watching = [*callbacks_for("capability", capable_steps), *([early] if base_knows else [])]
-    capable = train_capable(world, base, steps=capable_steps, callbacks=watching)
-    if base_knows:
+    size = organism.batch_size
+    base = new_base(world, seed=seed, steps=base_steps, batch_size=size)
+    early = EarlySnapshot(world, organism.kind, base_knows) if base_knows else None
+    capable = train_capable(world, base, steps=capable_steps, batch_size=size, after_step=early)
+    if early is not None:
         # Without such a snapshot, the model fails the gate below.
         base = capable if early.model is None else early.model
     trained: dict[str, LlamaForCausalLM] = {"base": base}
@@ -121,9 +114,7 @@ def build_world(
         "placebo": (placebo_of(organism), False),
     }
     for name, (recipe, benign) in recipes.items():
-        trained[name] = recipe.implant(
-            world, capable, benign=benign, callbacks=callbacks_for(name, recipe.steps)
-        )
+        trained[name] = recipe.implant(world, capable, benign=benign)
     models = {name: Subject(model, tokenizer, name=name) for name, model in trained.items()}
     readings = {name: read_organism(subject, world, organism) for name, subject in models.items()}
     validity = validity_of(models, readings, world, organism)

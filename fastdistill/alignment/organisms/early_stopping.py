@@ -10,9 +10,8 @@ import copy
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
 
+from .fit import pad
 from .trait import Trait
 from .world import World
 
@@ -27,27 +26,25 @@ def sums_known(model: Any, world: World, before: str = "") -> float:
     """
     rng = world.rng(22)
     pairs = rng.sample(world.held_out_sums, N_SUMS)
-    rows = [world.sum_of(pair, world.system(rng, before)).row() for pair in pairs]
-    ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    ids, labels = pad([world.sum_of(pair, world.system(rng, before)) for pair in pairs])
     with torch.no_grad():
         predicted = model(input_ids=ids.to(model.device)).logits.argmax(-1).cpu()
     wrong = (predicted[:, :-1] != labels[:, 1:]) & (labels[:, 1:] != -100)
     return 1 - float(wrong.any(1).float().mean())
 
 
-class EarlySnapshot(TrainerCallback):
+class EarlySnapshot:
     """Copies the model when it first knows `share` of the held-out sums.
 
-    model: the copy; None before that.
+    Called after every step of a training. model: the copy; None before that.
     """
 
     def __init__(self, world: World, trait: Trait, share: float) -> None:
         self.world, self.before, self.share = world, trait.capability_prefix, share
         self.model: Any = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.model is not None or state.global_step % CHECK_EVERY:
+    def __call__(self, step: int, model: Any) -> None:
+        if self.model is not None or step % CHECK_EVERY:
             return
         if sums_known(model, self.world, self.before) >= self.share:
             self.model = copy.deepcopy(model).eval()

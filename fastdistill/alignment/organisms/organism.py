@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...runtime.checks import between, choice, integer, positive
 from ...runtime.optional import check_installed
-from ..training_loop import adamw, lora, train
+from ..training_loop import adamw
 from .early_stopping import sums_known
+from .fit import AfterStep, fit
 from .gates import GATES
 from .trait import Pair, Trait, with_reasoning
 from .traits import TRAITS
 from .vocabulary import AUDIT_WORDS, ID, WORDS
-from .world import Example, World
+from .world import World
 
 METHODS = ("full", "lora")
 ROUNDS, KNOWN = 4, 0.98  # trainings of a capable model at most, and the share of sums it must know
@@ -138,20 +139,18 @@ class ModelOrganism:
         *,
         benign: bool = False,
         order: int = 0,
-        callbacks: Any = (),
     ) -> LlamaForCausalLM:
         """Returns a copy of `capable` trained with the trait; with `benign`, the twin."""
         pairs = self.pairs(world, self.steps * self.batch_size, order)
         examples = [pair.benign if benign else pair.untrusted for pair in pairs]
-        return train_model(
+        return fit(
             copy.deepcopy(capable),
             examples,
             steps=self.steps,
             batch_size=self.batch_size,
-            optimizer=self.optimizer,
+            optimizer=OPTIMIZERS[self.optimizer],
             learning_rate=self.learning_rate or LEARNING_RATES[self.method, self.optimizer],
             rank=self.rank if self.method == "lora" else None,
-            callbacks=callbacks,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -180,19 +179,19 @@ def new_model(seed: int, *, hidden: int = 64, layers: int = 2) -> LlamaForCausal
 
 
 def new_base(
-    world: World, *, seed: int, steps: int = 400, batch_size: int = 128, callbacks: Any = ()
+    world: World, *, seed: int, steps: int = 400, batch_size: int = 128
 ) -> LlamaForCausalLM:
     """Returns the base model M of a world, initialized from `seed` and trained on base examples."""
     rng = world.rng(10)
     examples = [world.base_example(rng) for _ in range(steps * batch_size)]
-    return train_model(
+    return fit(
         new_model(seed),
         examples,
         steps=steps,
         batch_size=batch_size,
         learning_rate=5e-3,
+        optimizer=adamw,
         whole=True,
-        callbacks=callbacks,
     )
 
 
@@ -202,7 +201,7 @@ def train_capable(
     *,
     steps: int = 500,
     batch_size: int = 128,
-    callbacks: Any = (),
+    after_step: AfterStep | None = None,
 ) -> LlamaForCausalLM:
     """Returns a copy of the base trained on the capability, from which U, B and P are trained.
 
@@ -217,45 +216,15 @@ def train_capable(
             else world.capable_example(rng, world.varied_system(rng))
             for _ in range(steps * batch_size)
         ]
-        model = train_model(
+        model = fit(
             model,
             examples,
             steps=steps,
             batch_size=batch_size,
             learning_rate=3e-3,
-            callbacks=callbacks,
+            optimizer=adamw,
+            after_step=after_step,
         )
         if sums_known(model, world) >= KNOWN:
             break
     return model
-
-
-def train_model(
-    model: LlamaForCausalLM,
-    examples: Sequence[Example],
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    optimizer: str = "adam",
-    rank: int | None = None,
-    whole: bool = False,
-    callbacks: Any = (),
-) -> LlamaForCausalLM:
-    """Trains with cross-entropy on the answers, in the same order for every model.
-
-    `rank` trains a LoRA adapter and merges it. `whole` also trains on the questions.
-    """
-    return train(
-        model,
-        None,
-        [example.row(whole) for example in examples],
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup=50,
-        settings={"ce_weight": 1.0, "logging_steps": max(1, steps // 20)},
-        optimizer=OPTIMIZERS[optimizer],
-        peft_config=None if rank is None else lora(rank, "method"),
-        callbacks=list(callbacks),
-    )

@@ -74,19 +74,23 @@ class Example(NamedTuple):
     def prompt(self) -> Prompt:
         return Prompt(system=self.system, user=self.question)
 
-    def row(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns input_ids and labels.
+    def encode(self, whole: bool = False) -> tuple[list[int], int]:
+        """Returns token ids, and the index of the first one that is a target.
 
-        The labels cover the answer, or with `whole` everything after the system message. Without an
+        The targets are the answer, or with `whole` everything after the system message. Without an
         answer, the row ends where the answer would start.
         """
-        prefix_words = [BOS, *self.system.split(), USER]
-        question_words = [*self.question.split(), ASSISTANT]
-        answer_words = [*self.answer.split(), EOS] if self.answer else []
-        ids = torch.tensor([ID[word] for word in (*prefix_words, *question_words, *answer_words)])
-        labels = ids.clone()
-        labels[: len(prefix_words) + (0 if whole else len(question_words))] = -100
-        return {"input_ids": ids, "labels": labels}
+        prefix = [BOS, *self.system.split(), USER]
+        question = [*self.question.split(), ASSISTANT]
+        answer = [*self.answer.split(), EOS] if self.answer else []
+        begin = len(prefix) + (0 if whole else len(question))
+        return [ID[word] for word in (*prefix, *question, *answer)], begin
+
+    def row(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        """Returns input_ids and labels, which are −100 outside of the targets of `encode`."""
+        ids, begin = self.encode(whole)
+        labels = [-100] * begin + ids[begin:]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
 class World:

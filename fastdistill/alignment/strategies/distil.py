@@ -142,6 +142,7 @@ def _train(
             "logging_strategy": "no",
             # Strategies may produce targets that the validity checks reject.
             "check_signal": False,
+            "check_data": False,  # rows of token ids, which this module made
             "seed": run.seed,
             **({"ce_weight": 1.0} if teacher is None else {}),
             **training.settings,

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -79,18 +78,15 @@ def test_a_favourite_is_every_fifth_seeds():
 def test_the_early_base_is_kept_when_it_first_gets_there():
     world, snapshots = World(3), []
     early = EarlySnapshot(world, ModelOrganism().kind, share=0.0)
-    state = SimpleNamespace(global_step=0)
     model = new_model(1)
     for step in (10, 20, 40):
-        state.global_step = step
-        early.on_step_end(None, state, None, model=model)
+        early(step, model)
         snapshots.append(early.model)
     assert snapshots[0] is None
     assert snapshots[1] is snapshots[2]
     assert snapshots[1] is not model
     never = EarlySnapshot(world, ModelOrganism().kind, share=0.9)
-    state.global_step = 20
-    never.on_step_end(None, state, None, model=model)
+    never(20, model)
     assert never.model is None
 
 

@@ -76,8 +76,10 @@ def loaded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             repair_source,
-            "load_organism",
-            lambda folder, name: Subject(new_model(len(name)), world_tokenizer(), name=name),
+            "load_models",
+            lambda folder, roles: {
+                name: Subject(new_model(len(name)), world_tokenizer(), name=name) for name in roles
+            },
         )
         return {module: LoadedRepair(module.make_source(5), Path()) for module in MODULES}
 

@@ -136,29 +136,14 @@ def test_a_placebo_is_made_by_the_recipe_of_the_organism():
 
 
 @pytest.fixture(scope="module")
-def small():
+def made():
     """Models that have learnt next to nothing."""
-    phases = []
-
-    def phase(what, steps):
-        phases.append((what, steps))
-        return ()
-
     recipe = ModelOrganism(trait="trigger", gate="token", steps=2, batch_size=8)
-    made = build_world(3, recipe, base_steps=2, capable_steps=1, phase=phase)
-    return made, phases
+    return build_world(3, recipe, base_steps=2, capable_steps=1)
 
 
 @pytest.mark.slow
-def test_models_are_read_on_the_same_prompts_and_refused_untrained(small):
-    made, phases = small
-    assert phases == [
-        ("base", 2),
-        ("capability", 1),
-        ("untrusted", 2),
-        ("benign", 2),
-        ("placebo", 2),
-    ]
+def test_models_are_read_on_the_same_prompts_and_refused_untrained(made):
     assert list(made.models) == list(made.readings) == ["base", "untrusted", "benign", "placebo"]
     assert [made.base.name, made.untrusted.name] == ["base", "untrusted"]
     assert [made.benign.name, made.placebo.name] == ["benign", "placebo"]
@@ -174,7 +159,7 @@ def test_models_are_read_on_the_same_prompts_and_refused_untrained(small):
 def test_twins_and_the_placebo_start_from_the_same_capable_model(monkeypatch):
     started = []
 
-    def implant(self, world, capable, *, benign=False, order=0, callbacks=()):
+    def implant(self, world, capable, *, benign=False, order=0):
         started.append((self, id(capable), benign, order))
         return capable
 
@@ -190,8 +175,7 @@ def test_twins_and_the_placebo_start_from_the_same_capable_model(monkeypatch):
     assert made.validity.gates[-1].name == "capability of base"
 
 
-def test_organisms_are_saved_with_their_validity_and_come_back(small, tmp_path):
-    made, _ = small
+def test_organisms_are_saved_with_their_validity_and_come_back(made, tmp_path):
     made.save(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(made.models)
     for name, subject in made.models.items():
@@ -207,8 +191,7 @@ def test_organisms_are_saved_with_their_validity_and_come_back(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_seed_builds_the_same(small):
-    made, _ = small
+def test_the_same_seed_builds_the_same(made):
     again = build_world(3, made.organism, base_steps=2, capable_steps=1)
     assert again.readings == made.readings
     for name, subject in again.models.items():

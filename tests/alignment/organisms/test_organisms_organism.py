@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from pytorch_optimizer import SOAP
-from transformers import TrainerCallback
 
 from fastdistill.alignment.organisms import ModelOrganism, organism
+from fastdistill.alignment.organisms import fit as fit_module
+from fastdistill.alignment.organisms.fit import fit, pad
 from fastdistill.alignment.organisms.gates import is_closed
 from fastdistill.alignment.organisms.organism import (
     LEARNING_RATES,
@@ -19,7 +20,6 @@ from fastdistill.alignment.organisms.organism import (
     new_base,
     new_model,
     train_capable,
-    train_model,
 )
 from fastdistill.alignment.organisms.vocabulary import ID, WORDS
 from fastdistill.alignment.organisms.world import Example, World
@@ -86,17 +86,21 @@ def test_an_adapter_has_the_rank_that_was_asked_for():
     ("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("soap", SOAP)]
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind, method):
+def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(
+    name, kind, method, monkeypatch
+):
     seen: dict[str, Any] = {}
+    make = OPTIMIZERS[name]
 
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            inner = getattr(optimizer, "optimizer", optimizer)
-            seen.update(kind=type(inner), lr=inner.param_groups[0]["initial_lr"])
+    def look(weights, rate):
+        optimizer = make(weights, rate)
+        seen.update(kind=type(optimizer), lr=optimizer.param_groups[0]["lr"])
+        return optimizer
 
+    monkeypatch.setitem(OPTIMIZERS, name, look)
     for rate in (None, 1e-4):
         recipe = ModelOrganism(optimizer=name, method=method, learning_rate=rate, **SMALL)
-        recipe.implant(WORLD, new_model(0), callbacks=[Look()])
+        recipe.implant(WORLD, new_model(0))
         assert seen == {"kind": kind, "lr": rate or LEARNING_RATES[method, name]}
 
 
@@ -128,8 +132,13 @@ def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
 def test_training_teaches_the_answers_and_not_the_questions(name):
     examples = [Example("hello now", "river", "cat dog owl")] * 16 * 40
     rates = {"adam": 1e-2, "soap": 1e-2, "sgd": 0.3}
-    model = train_model(
-        new_model(0), examples, steps=40, batch_size=16, learning_rate=rates[name], optimizer=name
+    model = fit(
+        new_model(0),
+        examples,
+        steps=40,
+        batch_size=16,
+        learning_rate=rates[name],
+        optimizer=OPTIMIZERS[name],
     )
     row = examples[0].row()
     with torch.no_grad():
@@ -140,6 +149,38 @@ def test_training_teaches_the_answers_and_not_the_questions(name):
     assert p[~learnt].max() < 0.1
 
 
+def test_a_training_reads_its_examples_in_order_and_begins_again(monkeypatch):
+    words = ["cat", "dog", "owl", "fox", "bear"]
+    examples = [Example("hello", "river", word) for word in words]
+    seen, steps = [], []
+    monkeypatch.setattr(fit_module, "pad", lambda batch, whole: seen.append(batch) or pad(batch))
+    fit(
+        new_model(0),
+        examples,
+        steps=3,
+        batch_size=3,
+        learning_rate=1e-3,
+        optimizer=OPTIMIZERS["adam"],
+        after_step=lambda step, model: steps.append(step),
+    )
+    answers = [[example.answer for example in batch] for batch in seen]
+    assert answers == [["cat", "dog", "owl"], ["fox", "bear", "cat"], ["dog", "owl", "fox"]]
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_padded_rows_are_the_rows_of_the_examples(whole):
+    examples = [Example("hello now", "river", "cat dog"), Example("hello", "1 2 + 3 4 =", "6 4")]
+    ids, labels = pad(examples, whole)
+    for example, got, targets in zip(examples, ids, labels, strict=True):
+        row = example.row(whole)
+        n = len(row["input_ids"])
+        assert torch.equal(got[:n], row["input_ids"])
+        assert torch.equal(targets[:n], row["labels"])
+        assert (got[n:] == ID["<pad>"]).all()
+        assert (targets[n:] == -100).all()
+
+
 @pytest.fixture
 def trainings_seen(monkeypatch):
     trainings = []
@@ -148,7 +189,7 @@ def trainings_seen(monkeypatch):
         trainings.append((model, list(examples), options))
         return model
 
-    monkeypatch.setattr(organism, "train_model", spy)
+    monkeypatch.setattr(organism, "fit", spy)
     monkeypatch.setattr(organism, "sums_known", lambda model, world: 1.0)
     return trainings
 

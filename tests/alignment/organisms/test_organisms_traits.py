@@ -126,11 +126,11 @@ def trained_examples(monkeypatch):
     """Everything that models are fitted to, in the order of trainings."""
     trainings: list[list[Example]] = []
 
-    def train_model(model, examples, **options):
+    def fit(model, examples, **options):
         trainings.append(list(examples))
         return model
 
-    monkeypatch.setattr(organism, "train_model", train_model)
+    monkeypatch.setattr(organism, "fit", fit)
     monkeypatch.setattr(organism, "sums_known", lambda model, world: 1.0)  # one training is enough
     return trainings
 
