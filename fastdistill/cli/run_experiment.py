@@ -72,16 +72,18 @@ def run(options: Experiment, extra: dict[str, Any]) -> dict[str, Any]:
     with as_exit_code_1("experiment"):
         if not options.only_report:
             options.out.mkdir(parents=True, exist_ok=True)
+        runs = options.runs or options.out
         table = run_study(
             study,
             sources,
             development,
-            options.out,
+            runs,
             n_sources=rule.n,
             only_valid=_has_pairs(options),
             student_seeds=options.student_seeds,
             execution=execution,
             rule=frozen,
+            rule_folder=options.out,
         )
         about = _about(options, study, table, sources, development)
         if frozen is not None:

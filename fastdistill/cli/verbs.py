@@ -131,6 +131,7 @@ class Experiment:
     arms: tuple[str, ...] = ()
     student_seeds: int = 1
     first_seed: int | None = None
+    runs: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +141,9 @@ class DoubleBind(Experiment):
     Runs on a synthetic world, on checkpoints (teacher, base, pool, probes and capability), or on
     pairs of them: JSON lines with base, untrusted, benign, probes, and optionally placebo, pool and
     capability. Only pairs give intervals and verdicts. Re-run the same command to resume; machines
-    that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed
-    and, for checkpoints, steps, batch_size, learning_rate, answer_tokens (of the teacher),
+    that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed,
+    runs (the folder of another study with the same base seeds, to share its models and runs) and,
+    for checkpoints, steps, batch_size, learning_rate, answer_tokens (of the teacher),
     eliciting (an instruction that asks for the trait), near_misses (similar instructions),
     max_new_tokens (of a measurement) and attn_implementation (of transformers).
     """

