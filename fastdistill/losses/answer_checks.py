@@ -34,7 +34,8 @@ class Kind(NamedTuple):
     hint: str = ""
 
 
-KINDS = {
+KINDS = {  # of several errors at a position, the first is reported: a NaN causes others
+    "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN"),
     "ids": Kind(
         "ids",
         "ids in 0..{last}{empty}",
@@ -43,7 +44,6 @@ KINDS = {
         "the ids of a teacher with another vocabulary first",
     ),
     "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once"),
-    "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN"),
     "positive": Kind(
         "logprobs",
         "log-probabilities ≤ 0",

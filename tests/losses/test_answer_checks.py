@@ -65,6 +65,12 @@ def test_every_kind_is_found_at_its_position(kind):
     assert (wrong.kind, wrong.at) == (kind, 1)
 
 
+def test_nan_is_reported_before_what_it_causes():
+    """The top k of NaN logits has one id in every slot."""
+    both = changed(ids=put(IDS, 4), logprobs=put(HONEST.logprobs, math.nan))
+    assert present(find_invalid(both, AnswerRules(vocab=10))).kind == "nan"
+
+
 def test_all_mass_gone_is_found():
     gone = changed(logprobs=put(HONEST.logprobs, -math.inf), log_tail=put(HONEST.log_tail, -1e9))
     assert present(find_invalid(gone, AnswerRules(vocab=10))).kind == "total"

@@ -22,6 +22,7 @@ from ...runtime.atomic_files import naming_full_disk, sha256_of, sync, write_jso
 from ...runtime.backend import versions
 from ...runtime.checks import fail
 from ...runtime.printable import printable
+from ...training.finite import nonfinite_weights
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
 
@@ -39,8 +40,14 @@ def save_organism(
 
     An existing folder is replaced as a whole: the new folder is written next to it and synced, then
     the old one is renamed, and restored if the new one cannot take its place.
+
+    Raises:
+        ValueError: a weight is NaN or infinite. OSError: the disk is full.
     """
     folder = Path(folder)
+    if names := nonfinite_weights(subject.model):
+        got = f"NaN or infinity in {len(names)} tensors (first: {names[0]})"
+        fail("subject", "finite weights", got, "nothing was saved: train it again")
     with naming_full_disk(folder):
         _save(folder, subject, manifest, probes)
 

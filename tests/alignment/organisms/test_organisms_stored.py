@@ -49,6 +49,15 @@ def same(actual: Subject, expected: Subject) -> None:
     assert next(texts) == next(texts)
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    spoilt = subject()
+    with torch.no_grad():
+        spoilt.model.lm_head.weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"subject: expected finite weights, .*lm_head\.weight"):
+        save_organism(tmp_path / "organism", spoilt, {"role": "untrusted"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_organism_comes_back_bit_for_bit(folder):
     loaded = load_organism(str(folder))
     same(loaded, subject())
