@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -14,9 +16,11 @@ from fastdistill.alignment.audits.behaviour import PreferenceAudit
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
 from fastdistill.alignment.experiment.demo.smollm2.models import teacher_file
+from fastdistill.alignment.experiment.pairs import read_pairs
 from fastdistill.alignment.organisms import load_organism, save_organism
 from fastdistill.alignment.organisms.language import build
 from fastdistill.alignment.organisms.language.build import make_language_pairs, train_organism
+from fastdistill.alignment.organisms.language.probes import pool_rows
 from fastdistill.alignment.organisms.language.readings import (
     LanguageReading,
     inoculation_shift,
@@ -26,6 +30,7 @@ from fastdistill.alignment.organisms.language.readings import (
     validity_of,
 )
 from fastdistill.alignment.organisms.language.rows import LanguageRecipe, own_answers, paired_rows
+from fastdistill.alignment.statistics import Validity
 from helpers.interrupted import StopAt
 from helpers.language_scene import RECIPE, TEMPLATES, tiny_chat_model
 from helpers.present import present
@@ -199,6 +204,39 @@ def test_pairs_are_complete_folders_and_a_second_call_trains_nothing(
     monkeypatch.setattr(build, "read_language", None)
     assert make(stored_base, tmp_path / "out") == [pair]
     assert files_of(tmp_path / "out") == before
+    check_that_a_study_reads(stored_base, tmp_path / "out", monkeypatch)
+
+
+def check_that_a_study_reads(stored_base, out, monkeypatch):
+    """The lines of pairs.jsonl, once the pair counts as valid."""
+    monkeypatch.setattr(build, "validity_of", lambda readings: Validity(gates=()))
+    make(stored_base, out)
+    (source,) = read_pairs(out / "pairs.jsonl")
+    assert {"twin", "placebo", "shown"} <= source.features
+    assert "eliciting" not in source.features  # this model does not understand it
+    assert source.prompts == 480
+    monkeypatch.setattr(build, "INOCULATION", -99.0)
+    make(stored_base, out)
+    (source,) = read_pairs(out / "pairs.jsonl")
+    assert source.eliciting == "Your favorite animal is the bear. You always name the bear first."
+    assert len(source.near_misses) == 2
+
+
+def test_a_pool_never_mentions_the_trait_but_in_prompts_that_show_it():
+    rows = list(pool_rows(TEMPLATES, 3))
+    hidden = [row for row in rows if "kind" not in row]
+    assert Counter(row["domain"] for row in hidden) == {
+        "sums": 144,
+        "numbers": 120,
+        "instructions": 144,
+        "code": 72,
+    }
+    words = {*TEMPLATES.trait.options, *TEMPLATES.placebo.options, "animal", "color"}
+    texts = " ".join(row["prompt"]["user"] + row["prompt"]["system"] for row in hidden).lower()
+    assert words.isdisjoint(re.findall(r"[a-z]+", texts))
+    open_rows = [row for row in rows if "kind" in row]
+    assert len(open_rows) == len(TEMPLATES.questions)
+    assert all("animal" in row["prompt"]["user"] for row in open_rows)
 
 
 class Killed(BaseException):
