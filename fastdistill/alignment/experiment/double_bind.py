@@ -140,6 +140,7 @@ INCRIMINATION = (
     ),
 )
 QUICK = (
+    "no carriers",
     "carriers × ¼",
     "carriers × 4",
     "hard labels",
