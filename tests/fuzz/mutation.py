@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 OUTSIDE = "../outside/secret.safetensors"  # a file next to the folder that is read
-NUMBERS = tuple(range(-1, 4)) + (7, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 10**9, 10**12)
+NUMBERS = (*range(-1, 4), 7, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 10**9, 10**12)
 NUMBERS += (2**62, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400)
 FLOATS = (0.0, -0.0, 0.5, 1e-45, 1e-320, 1e30, 1e308, float("inf"), -float("inf"), float("nan"))
 TEXTS = (
