@@ -11,6 +11,7 @@ from .printable import printable
 
 _CHUNK = 1 << 20
 MAX_BYTES = 1 << 28  # per file; the index of a large checkpoint has a few MB
+MAX_DEPTH = 100  # so that functions that call themselves for each level do not run out of stack
 
 
 class JSONError(ValueError):
@@ -44,10 +45,31 @@ def parse_json(
     except (UnicodeDecodeError, ValueError) as error:
         reason = printable(error)
         raise JSONError(f"{source}: expected JSON, got a text that is not: {reason}") from None
+    if _is_deep(text, value):
+        raise JSONError(f"{source}: expected JSON, got one nested too deeply")
     if expected is not None and not isinstance(value, expected):
         kind = "a JSON object" if expected is dict else "a JSON list"
         raise JSONError(f"{source}: expected {kind}, got {type(value).__name__}")
     return value
+
+
+def _is_deep(text: str | bytes, value: Any) -> bool:
+    """Return whether a value has more than MAX_DEPTH levels of lists and objects."""
+    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(text.count(mark) for mark in marks) <= MAX_DEPTH:  # type: ignore[arg-type]
+        return False
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for box in level
+            if isinstance(box, (dict, list))
+            for part in (box.values() if isinstance(box, dict) else box)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ TEXTS = (
 _BYTES = tuple(bytes([c]) for c in b'\0\xff\x80\n"\\{[]},:0')
 _BYTES += (b"\xff\xff\xff\xff", b"\xff" * 7 + b"\x7f", b"9" * 30, b"*a", b"&a ", b"!!int ", b"- ")
 _BYTES += tuple(text.encode("utf-8", "surrogatepass") for text in TEXTS)
-_DEEP = 20_000
+_DEEP = (90, 110, 500, 900, 970, 20_000)  # levels; the stack of Python has about 1000
 
 
 def mutate(name: str, content: bytes, rng: random.Random) -> bytes:
@@ -116,8 +116,11 @@ def _tree(value: Any, rng: random.Random) -> Any:
 def _json(content: bytes, rng: random.Random) -> bytes:
     value = _tree(json.loads(content), rng)
     text = json.dumps(value)
-    if rng.random() < 0.01:
-        text = text.replace('"', '{"a":' * _DEEP + '"', 1)
+    if rng.random() < 0.02:
+        at, deep = text.find('": ', rng.randrange(len(text))) + 3, rng.choice(_DEEP)
+        if at > 2:  # before another value
+            nested = '{"a":' * deep + "[]" + "}" * deep
+            text = f'{text[:at]}{nested}, "b": {text[at:]}'
     return text.encode("utf-8", "surrogatepass")
 
 

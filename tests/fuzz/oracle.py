@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import unicodedata
@@ -179,8 +180,20 @@ def _peak_memory() -> int:
 
 @contextlib.contextmanager
 def _captured(into: io.StringIO) -> Iterator[None]:
-    with contextlib.redirect_stdout(into), contextlib.redirect_stderr(into):
-        yield
+    """Write what is printed, by compiled libraries too, into a text."""
+    with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+        saved = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in saved:
+                os.dup2(file.fileno(), number)
+            with contextlib.redirect_stdout(into), contextlib.redirect_stderr(into):
+                yield
+        finally:
+            for number, copy in saved.items():
+                os.dup2(copy, number)
+                os.close(copy)
+        file.seek(0)
+        into.write(file.read().decode("utf-8", "surrogateescape"))
 
 
 class _Stderr:

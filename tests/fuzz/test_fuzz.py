@@ -67,6 +67,7 @@ def seed(folder):
         (lambda folder: (folder.parent.parent / "x").touch(), "escape in "),
         (lambda folder: os.system("true"), "escape in .*os.system"),
         (lambda folder: print("\x1b[2J"), "printed in "),
+        (lambda folder: os.write(2, b"\x1b[2J"), "printed in "),  # as compiled code does
         (lambda folder: _fail("expected \x1b[2J"), "escapes in an error in "),
         (lambda folder: _fail("expected " + "x" * 30_000), "long error in "),
         (lambda folder: bytearray(310 << 20), "memory in "),

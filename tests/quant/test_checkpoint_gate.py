@@ -230,3 +230,18 @@ def test_other_quantisations_and_options_are_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a whole model, got .* holds adapter_config.json"):
         load_whole(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("place", ["token", "list", "top"])
+def test_a_tokenizer_prints_nothing_that_acts_on_a_terminal(folder, capfd, file, place):
+    """tokenizers prints names that it does not know to stderr, as they are."""
+    name = "\x1b]0;title\x07"
+    token = {"content": "<x>", name: 1, "__type": "AddedToken"}
+    changes = {"token": {"pad_token": token}, "list": {"extra": [token]}, "top": {name: 1}}[place]
+    stored = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(stored | changes))
+    capfd.readouterr()
+    with pytest.raises(CheckpointError, match="expected a name of printable characters"):
+        load_tokenizer(folder)
+    assert not any("\x1b" in text for text in capfd.readouterr())

@@ -109,3 +109,21 @@ def test_a_bounded_pattern_ends():
 def test_a_pattern_that_is_not_matched_is_refused(pattern, words):
     with pytest.raises(PatternError, match=words):
         BoundedPattern(pattern)
+
+
+@pytest.mark.parametrize("opening", ['{"a":', "["])
+@pytest.mark.parametrize("depth", [1, 100, 101, 900, 990, 100_000])
+def test_levels_of_json(opening, depth):
+    """A function that calls itself for each level ran out of stack at 970 of them."""
+    text = opening * (depth - 1) + "[]" + ("}" if "{" in opening else "]") * (depth - 1)
+    for source in (text, text.encode()):
+        if depth <= 100:
+            assert parse_json(source, "x") is not None
+        else:
+            with pytest.raises(JSONError, match="x: expected JSON, got one nested too deeply"):
+                parse_json(source, "x")
+
+
+def test_brackets_in_texts_are_no_levels():
+    assert parse_json('["' + "[{" * 500 + '"]', "x") == ["[{" * 500]
+    assert len(parse_json("[" + ",".join(["[]"] * 500) + "]", "x")) == 500

@@ -46,6 +46,8 @@ _OBJECTS = (
     "chat_template.json",
     "processor_config.json",
 )
+# Of these tokenizers prints unknown names to stderr as they are.
+_PRINTED = (TOKENIZER, "special_tokens_map.json")
 _OTHER_FILES = ("configuration_files", "transformers_weights", "fusion_config")
 # The caller also chooses a model's output options.
 _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
@@ -92,7 +94,21 @@ def check_folder(folder: Path) -> None:
             check_inside(folder, path)
     for name in _OBJECTS:
         if (folder / name).exists():
-            read_json(folder / name)
+            stored = read_json(folder / name)
+            if name in _PRINTED:
+                _check_names(folder / name, stored)
+
+
+def _check_names(file: Path, value: Any) -> None:
+    """Raise CheckpointError for a name in an object that acts on a terminal."""
+    if isinstance(value, dict):
+        for name in value:
+            if not name.isprintable():
+                expected = "a name of printable characters, as the library tokenizers prints it"
+                fail_entry(file, name, expected, name)
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_names(file, part)
 
 
 def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
