@@ -213,9 +213,10 @@ def combine(
         return Combined(D, total, "lk_mix", w=w)
     minus, total = sums("overlap", None)
     alpha = (-minus).clamp(min=LEAST_OVERLAP)
-    # Each form is exact where the other one cancels.
-    D = torch.where(alpha < 0.5, -alpha.log(), -torch.log1p(-tv.clamp(max=0.75)))
-    return Combined(D, total, "overlap", on_psi=1 / alpha, psi_size=alpha)
+    # Each form is exact where the other one cancels. Autograd takes the first, which has no ½q.
+    D = -alpha.log()
+    exact = torch.where(alpha < 0.5, D, -torch.log1p(-tv.clamp(max=0.75)))
+    return Combined(D + (exact - D).detach(), total, "overlap", on_psi=1 / alpha, psi_size=alpha)
 
 
 def _overlap_psi(lp: Tensor, lq: Tensor) -> Tensor:

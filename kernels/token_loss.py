@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
 ABSENT = -1e20  # values below it are NEG, possibly divided by a temperature
+LEAST_LOG_Q = -1e15  # of log q: its products with gradients up to 1e23 stay finite in fp32
 TAILS = ("bucket", "truncate", "renorm_teacher", "renorm_both")
 
 
@@ -187,7 +188,7 @@ def _columns(
         mass = torch.logsumexp(lp.masked_fill(empty, NEG), -1, keepdim=True)
         lp = (lp - mass).clamp(min=floor, max=0.0).masked_fill(empty, floor)
     if tail == "renorm_both":
-        lq = (z_S - lse_S.unsqueeze(-1)).masked_fill(empty, floor)
+        lq = (z_S - lse_S.unsqueeze(-1)).clamp(min=LEAST_LOG_Q).masked_fill(empty, floor)
         return _Columns(lp, lq, empty, lse_S, None, None)
     assert gathered.lse_rest is not None
     lse_tail = gathered.lse_rest
@@ -195,7 +196,7 @@ def _columns(
         z_y = gathered.z[:, K].masked_fill(~has_new_label(teacher.ids, label_N), NEG)
         lse_tail = torch.logaddexp(lse_tail, z_y)
     lse = torch.logaddexp(lse_tail, lse_S)
-    lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
+    lq = (z_S - lse.unsqueeze(-1)).clamp(min=LEAST_LOG_Q).masked_fill(empty, floor)
     log_q_tail = log_tail_of(lq, lse_tail - lse)
     if tail == "bucket":
         # If the ids cover the vocabulary, the bucket holds rounding error only: like an empty slot,

@@ -62,6 +62,7 @@ class Matmul:
         self.product = None if new_product is None else new_product()
         self._sum_remainders = None if kernels is None else kernels.sum_remainders
         self._lost_n: Tensor | None = None
+        self._sums_2n: Tensor | None = None  # Σ ds and Σ |ds|, with a softcap
         self._scratch: Tensor | None = None
         self._slab: tuple[int, int] | None = None
         as_is = self.native or self.mixed or self.product is not None
@@ -121,6 +122,8 @@ class Matmul:
         weight, H = self.head.weight, self.head.weight.shape[1]
         if self.product is not None:
             self._lost_n = weight.new_zeros(tokens, dtype=self.head.dtype)
+            if self.head.softcap is not None:
+                self._sums_2n = weight.new_zeros(2, tokens, dtype=self.head.dtype)
             return weight.new_zeros(tokens, H, dtype=self.head.dtype)
         return weight.new_zeros(H, tokens, dtype=self.head.dtype).t()
 
@@ -139,6 +142,9 @@ class Matmul:
                 self.product(ds_vn.t(), W, dx_nH, add=True, remainder=True)
             elif self._sum_remainders is not None and self._lost_n is not None:
                 self._sum_remainders(ds_vn, self._lost_n)
+                if self._sums_2n is not None:
+                    self._sums_2n[0] += ds_vn.sum(0)
+                    self._sums_2n[1] += torch.linalg.vector_norm(ds_vn, 1, 0)
         elif self.mixed:
             W, grad_scale = self.head.weight[at].t(), self.grad_scale(ds_vn)
             part = torch.mm(W, (ds_vn * grad_scale).to(W.dtype), out_dtype=dx_Hn.dtype)
@@ -150,12 +156,17 @@ class Matmul:
         """Add (Σ_v ds − bfloat16(ds)) · the mean row of W to dx.
 
         The gradients of a softmax sum to 0, so a direction that all rows of W share cancels in dX,
-        while the rounding errors along it add up.
+        while the rounding errors along it add up. With a softcap they sum to 0 in part: where few
+        tokens are not saturated, the mean row may be far larger than theirs.
         """
-        if self._lost_n is not None:
+        lost_n = self._lost_n
+        if lost_n is not None:
+            if self._sums_2n is not None:
+                total_n, size_n = self._sums_2n
+                lost_n = lost_n * (1 - total_n.abs() / size_n.clamp(min=1e-37))
             W = self.head.weight[: self.head.vocab_size]
             total = torch.mm(W.new_ones(1, W.shape[0]), W)[0]  # a mean in fp32 would copy W
-            dx_nH.addr_(self._lost_n, total.to(self.head.dtype) / max(W.shape[0], 1))
+            dx_nH.addr_(lost_n, total.to(self.head.dtype) / max(W.shape[0], 1))
 
     def add_weight_grad(self, ds_vn: Tensor, dw_vH: Tensor, first: bool) -> None:
         """dw = (first) or += ds x, summed over the block in fp32 and rounded to dw's type."""

@@ -115,6 +115,51 @@ def test_a_product_of_nothing(use):
     compiled.ProductOnCPU()(torch.empty(0, 5).bfloat16(), torch.empty(5, 4).bfloat16(), out[:0])
 
 
+def wrong_products():
+    """Operands of fastdistill::bf16_product with one that is wrong, by the name of that one."""
+    a, b = torch.ones(4, 6).bfloat16(), torch.ones(6, 5).bfloat16()
+    right = {"a": a, "b": b, "out": torch.zeros(4, 5), "scratch": torch.empty(1 << 16).byte()}
+    for name, value in (
+        ("a", a[0]),
+        ("a", a.double()),
+        ("a", torch.ones(4, 12, 2).bfloat16()[:, ::2, 0]),
+        ("b", b[:3]),
+        ("b", b.float()),
+        ("out", torch.zeros(4, 4)),
+        ("out", torch.zeros(5, 4).t()),
+        ("out", torch.zeros(4, 5).half()),
+        ("scratch", torch.empty(16).byte()),
+        ("scratch", torch.empty(1 << 16)),
+    ):
+        yield name, right | {name: value}
+
+
+@pytest.mark.parametrize(("name", "operands"), list(wrong_products()), ids=lambda v: str(v)[:8])
+def test_a_product_of_other_shapes_and_types_is_refused(name, operands, use):
+    use(MODEL)
+    with pytest.raises(ValueError, match=rf"^{name}: expected"):
+        torch.ops.fastdistill.bf16_product(*operands.values(), False, False)
+
+
+def test_columns_of_another_length_are_refused():
+    u, n = torch.randn(8, 5), torch.zeros(5)
+    for wrong in (torch.zeros(4), torch.zeros(5).double(), torch.zeros(1, 5), torch.zeros(10)[::2]):
+        with pytest.raises(ValueError, match=r"^top: expected"):
+            compiled.sum_columns(u, wrong, temperature=1.0, moments=0)
+        with pytest.raises(ValueError, match=r"^sums: expected"):
+            compiled.sum_remainders(u, wrong)
+    for short in (torch.zeros(4), torch.zeros(5).half()):
+        for operands in ((short, n), (n, short)):
+            with pytest.raises(ValueError, match=r"^(lse|factor): expected"):
+                compiled.softmax_columns(u, *operands, temperature=1.0, softcap=None)
+    for bad, k in ((u[0], 1), (u, 0), (u, 6)):
+        with pytest.raises(ValueError, match=r"^[zk]: expected"):
+            torch.ops.fastdistill.row_topk(bad, k)
+    for bad in (u.double(), u.t(), u[0]):
+        with pytest.raises(ValueError, match=r"^u: expected"):
+            compiled.sum_columns(bad, n[: bad.shape[-1]], temperature=1.0, moments=0)
+
+
 def test_a_bad_call_is_refused():
     size = (1, 1, 1)
     with pytest.raises(ValueError, match="fp32 \\(0\\) or bf16 \\(1\\)"):

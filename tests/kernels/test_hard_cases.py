@@ -78,6 +78,21 @@ def test_rows_of_the_head_that_share_a_direction(divergence, backward, std, near
     assert relative(actual[1], truth[1]) <= PROMISED[torch.bfloat16]
 
 
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_a_softcap_that_saturates_all_tokens_but_one(backward):
+    """Then Σ dz is no 0, and the mean row of W, 100 times larger than the one row, is no guess."""
+    c = case(torch.bfloat16, N=6, H=1, V=64, std=1500.0)
+    weight = c.weight + 500
+    weight[:, 0][weight[:, 0].abs() < 200] = 300.0
+    weight[18] = -3.8125
+    c = c._replace(weight=weight, hidden=torch.full((6, 1), 7e-4).bfloat16())
+    teacher = top_k(4 * torch.randn(6, 64).double(), 5)
+    options = {"logit_scale": 0.1, "softcap": 1e-3}
+    actual = run(c, teacher, torch.bfloat16, backward=backward, **options)
+    truth = run(c, teacher, impl="reference", **options)
+    assert relative(actual[1], truth[1]) <= 2e-2
+
+
 @pytest.mark.fast_cases(10)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 def test_confident_rows(divergence, tail):
@@ -293,6 +308,56 @@ def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
             for a, t in zip(actual, truth, strict=True):
                 assert a.isfinite().all()
                 assert_close(a, t, 1e-4)
+
+
+@pytest.mark.fast_cases(6)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "tvd", "hellinger", "skew_reverse_kl"])
+@pytest.mark.parametrize("tail", ["bucket", "truncate", "renorm_both"])
+def test_slots_that_the_student_cannot_say(divergence, tail):
+    """A bias of −∞: log q is huge and q is 0, and their product with a large factor is no NaN."""
+    c = case(torch.float32, N=3, V=20)
+    teacher = top_k(c.teacher_logits, 6)
+    bias = torch.zeros(20)
+    bias[teacher.ids[0, :2]] = -torch.inf
+    options = {"divergence": divergence, "tail": tail, "reduction": "sum", "allow_biased": True}
+    far = bias.double().clamp(min=-200)  # √q of e^-100 is next to nothing
+    truth = run_scaled(
+        c.hidden, c.weight, teacher, torch.float64, 1e12, impl="reference", bias=far, **options
+    )
+    for backward in ("fused", "recompute"):
+        actual = run_scaled(
+            c.hidden,
+            c.weight,
+            teacher,
+            torch.float32,
+            1e12,
+            backward=backward,
+            bias=bias,
+            **options,
+        )
+        for a, t in zip(actual, truth, strict=True):
+            assert a.isfinite().all()
+            assert_close(a, t, 1e-4)
+
+
+def test_the_gradient_of_nla_where_most_mass_is_shared():
+    """α > ½: the gradient has no part ½q, which is 0 only after it is summed."""
+    x = torch.tensor([[1.0, 0.0]])
+    weight = torch.tensor([[195.2, 1.0], [194.7, 0.0], [63.0, 0.0]])
+    ids, lp = torch.tensor([[0, 1, 2]]), torch.full((1, 3), 1 / 3).log()
+    for backward in ("fused", "recompute"):
+        dx, dw = run_scaled(
+            x,
+            weight,
+            fd.TopK(ids, lp),
+            torch.float32,
+            1.0,
+            divergence="nla",
+            tail="renorm_both",
+            backward=backward,
+        )
+        assert dx.abs().max() == 0
+        assert dw.abs().max() == 0
 
 
 def run_scaled(x, w, teacher, dtype, upstream, **options):
