@@ -144,6 +144,10 @@ def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
             fail(f"{name}[{turn}]", "a dict with role and content", f"values for {keys}")
         _check_content(f"{name}[{turn}].content", present.get("content"))
         _check_strings(f"{name}[{turn}]", present)
+        calls = present.get("tool_calls", [])
+        if not isinstance(calls, (list, tuple)) or not all(isinstance(c, Mapping) for c in calls):
+            got = printable(repr(calls), 60)
+            fail(f"{name}[{turn}].tool_calls", "a list of calls, dicts with a function", got)
         messages.append(present)
     return messages
 

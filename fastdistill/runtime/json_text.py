@@ -55,8 +55,11 @@ def parse_json(
 
 def _is_deep(text: str | bytes, value: Any) -> bool:
     """Return whether a value has more than MAX_DEPTH levels of lists and objects."""
-    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(text.count(mark) for mark in marks) <= MAX_DEPTH:  # type: ignore[arg-type]
+    if isinstance(text, str):
+        brackets = text.count("[") + text.count("{")
+    else:
+        brackets = text.count(b"[") + text.count(b"{")
+    if brackets <= MAX_DEPTH:
         return False
     level = [value]
     for _ in range(MAX_DEPTH):

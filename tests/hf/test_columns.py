@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastdistill import TeacherCache
+from fastdistill.hf.columns import check_messages
 from fastdistill.hf.encoder import Encoder
 from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build, llama
@@ -266,3 +267,10 @@ def test_a_trainer_names_the_dataset_and_the_example(tmp_path):
     trainer = build(tmp_path, data=rows[:2], processing_class=tokenizer())
     with pytest.raises(ValueError, match=r"images: .*\(example 1 of its batch\)"):
         trainer.data_collator(rows[1:])
+
+
+@pytest.mark.parametrize("calls", [3, 1e-45, True, "x", {"function": {}}, ["x"], [[]], [None]])
+def test_tool_calls_that_are_no_list_of_calls(calls):
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    with pytest.raises(ValueError, match=r"x\[0\]\.tool_calls: expected a list of calls"):
+        check_messages("x", messages)
