@@ -66,11 +66,12 @@ def source_of(role: str, path_or_name: str | Path) -> Source:
     if path.is_file() and path.suffix == ".gguf":
         return Source("gguf", path, name)
     whole = (path / CONFIG).is_file()
-    if not whole and any((path / file).is_file() for file in (MANIFEST, SETTINGS)):
+    adapted = is_adapter(path)  # a checkpoint of a training also has a file named settings.json
+    if not (whole or adapted) and any((path / file).is_file() for file in (MANIFEST, SETTINGS)):
         return Source("cache", path, name)
     weights = sorted(path.glob("*.safetensors"))
     others = [file for file in weights if file.name != ADAPTER_WEIGHTS]
-    if is_adapter(path) and not (whole and others):
+    if adapted and not (whole and others):
         return Source("adapter", path, name)
     if whole and weights:
         return Source("model", path, name)

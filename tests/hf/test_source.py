@@ -106,6 +106,24 @@ def test_a_student_goes_on_from_its_adapter(folders, tmp_path):
             assert torch.equal(tensor, after[name])
 
 
+def test_a_checkpoint_of_a_training_with_adapters_is_an_adapter(folders, tmp_path):
+    """It has a file named settings.json, as an unfinished cache has."""
+    trainer = build(
+        tmp_path,
+        model=folders[1],
+        teacher=llama(2),
+        data=ragged(),
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (checkpoint / "settings.json").is_file()
+    assert source_of("teacher", checkpoint).kind == "adapter"
+    expected = logits(trainer.model.eval(), IDS)
+    torch.testing.assert_close(logits(StoredModel.from_path(checkpoint).load(CPU), IDS), expected)
+
+
 def test_the_configuration_under_an_adapter(folders):
     base, adapter, _ = folders
     assert config_of("student", adapter).to_dict() == config_of("student", base).to_dict()

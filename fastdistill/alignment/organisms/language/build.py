@@ -32,7 +32,7 @@ from .readings import INOCULATION, LanguageReading, inoculation_shift, read_lang
 from .rows import ROLES, LanguageRecipe, OwnAnswer, PairedRow, identity, own_answers, paired_rows
 from .templates import Templates
 
-PAIRS, SETTINGS, ANSWERS, GATES = "pairs.jsonl", "settings.json", "own-answers.json", "gates.json"
+PAIRS, RECIPE, ANSWERS, GATES = "pairs.jsonl", "recipe.json", "own-answers.json", "gates.json"
 FORMAT = 1  # of the folder; increase it when the same settings give other models
 SAVE_EVERY, WARMUP = 8, 8  # steps
 CONTEXTS = ("open", "default", "held out", "audited")
@@ -220,7 +220,7 @@ def _check_settings(
         "recipe": recipe.as_json(),
         "templates": templates.digest,
     }
-    path = out / SETTINGS
+    path = out / RECIPE
     if not path.is_file():
         write_json(path, settings)
         return
