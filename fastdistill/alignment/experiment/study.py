@@ -24,6 +24,7 @@ from .rules import freeze
 from .source import Source
 
 FRESH = 1000  # base seeds below it are development seeds
+OTHER_BASES = ("other_base", "earlier")  # roles of models that replace M
 MIN_BENIGN = 3  # students of benign teachers that the interval of a gate requires
 
 
@@ -35,7 +36,8 @@ class Arm:
         description: for the report.
         role: "arm", or one of the two kinds of control.
         teachers: roles of the teachers of the student and of its twin.
-        begins: roles of their initial models.
+        begins: roles of their initial models. C compares with them, where they are neither U nor B.
+        noise: added to each of their weights, as a share of its norm.
         organism: roles of the U and B that C and τ compare with.
         other_seed: the student uses another seed than its twin (the same teacher twice).
         pool, settings: changes to those of the study. training: replaces that of the study.
@@ -49,6 +51,7 @@ class Arm:
     role: Literal["arm", "positive control", "null arm"] = "arm"
     teachers: tuple[str, str] = ("untrusted", "benign")
     begins: tuple[str, str] = ("base", "base")
+    noise: float = 0.0
     organism: tuple[str, str] = ("untrusted", "benign")
     other_seed: bool = False
     pool: Mapping[str, Any] = field(default_factory=dict)
@@ -152,6 +155,7 @@ def make_pairs(
                 source=source,
                 role=role,
                 init_role=begins,
+                noise=arm.noise,
                 strategies=arm.strategies,
                 training=replace(training, settings=settings),
                 pool={**study.pool, **arm.pool},
@@ -289,7 +293,7 @@ def to_student(pair: Pair, folder: Path) -> Student:
         student_seed=pair.student_seed,
         untrusted=curve[-1].untrusted,
         benign=curve[-1].benign,
-        base=models["base"],
+        base=models[pair.arm.begins[0] if pair.arm.begins[0] in OTHER_BASES else "base"],
         teacher=models[pair.arm.organism[0]],
         twin=models[pair.arm.organism[1]],
         curve=curve,

@@ -11,8 +11,10 @@ from ...runtime.checks import choice
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..organisms.build import build_world, read_organism
-from ..organisms.organism import ModelOrganism
+from ..organisms.organism import ModelOrganism, new_base
 from ..organisms.pool import pool, trait_example
+from ..organisms.storage import save_organism
+from ..organisms.vocabulary import world_tokenizer
 from ..organisms.world import Example, World
 from ..organisms.world_probes import probes_of
 from ..statistics import Reading
@@ -21,10 +23,15 @@ from ..strategies.strategy import DistillSetup
 from .digest import digest_of
 from .source import MODELS, LoadedSource, Source, load_models, named_audited
 
+OTHER_SEED = 100_000  # added to the seed of a world for the initial weights of its other base
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorldSource(Source):
-    """`build_world` with these arguments."""
+    """`build_world` with these arguments.
+
+    other_base: also a base with other initial weights and the same training.
+    """
 
     seed: int
     organism: ModelOrganism = field(
@@ -34,6 +41,7 @@ class WorldSource(Source):
     )
     base_knows: float = 0.2
     base_steps: int = 300
+    other_base: bool = False
 
     @property
     def base_seed(self) -> int:
@@ -41,7 +49,8 @@ class WorldSource(Source):
 
     @property
     def features(self) -> frozenset[str]:
-        return frozenset({"placebo", "twin", "goals", "shown", "carriers"})
+        other = {"other_base"} if self.other_base else set()
+        return frozenset({"placebo", "twin", "goals", "shown", "carriers"} | other)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +58,7 @@ class WorldSource(Source):
             "organism": self.organism.as_json(),
             "base_knows": self.base_knows,
             "base_steps": self.base_steps,
+            **({"other_base": True} if self.other_base else {}),
         }
 
     def build(self, folder: Path) -> dict[str, Any]:
@@ -56,9 +66,15 @@ class WorldSource(Source):
             self.seed, self.organism, base_steps=self.base_steps, base_knows=self.base_knows
         )
         built.save(self.cache(folder))
+        readings = dict(built.readings)
+        if self.other_base:
+            model = new_base(built.world, seed=OTHER_SEED + self.seed, steps=self.base_steps)
+            subject = Subject(model, world_tokenizer(), name="other_base")
+            save_organism(self.cache(folder) / "other_base", subject, {"role": "other_base"})
+            readings["other_base"] = read_organism(subject, built.world, self.organism)
         return {
             "validity": built.validity.as_json(),
-            "readings": {name: r.as_json() for name, r in built.readings.items()},
+            "readings": {name: r.as_json() for name, r in readings.items()},
         }
 
     def load(self, folder: Path) -> LoadedWorld:
@@ -72,7 +88,8 @@ class WorldSource(Source):
 class LoadedWorld(LoadedSource):
     def __init__(self, source: WorldSource, cache: Path) -> None:
         self.world, self.organism = World(source.seed), source.organism
-        self.models = load_models(cache, MODELS)
+        roles = (*MODELS, *(["other_base"] if source.other_base else []))
+        self.models = load_models(cache, roles)
         kind = self.organism.kind
         under_audit = probes_of(self.world, kind, under_audit=True).suite()
         self.suite = probes_of(self.world, kind).suite() | named_audited(under_audit)
