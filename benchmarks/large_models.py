@@ -78,7 +78,7 @@ def build(
     """The model on the device in bf16; `replace` maps its linear layers except the head."""
     dtype = torch.bfloat16 if dtype is None else dtype
     with init_empty_weights():  # buffers, such as the rotary frequencies, have real values
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     linears = dict(targets(model))
     draws = torch.Generator(device()).manual_seed(seed)
     for name, module in list(model.named_modules()):

@@ -94,7 +94,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     if shape != SHAPE:
         config.num_hidden_layers = 2
     torch.manual_seed(0)
-    full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device()).eval()
+    full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    full = full.to(device()).eval()
     ids = torch.randint(config.vocab_size, (shape.N // ROW or 2, ROW), device=device())
     sizes = Shape(ids.numel(), config.hidden_size, config.vocab_size, SHAPE.K)
     results: list[Row] = []

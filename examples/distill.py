@@ -38,7 +38,9 @@ def main() -> None:
         from transformers.distributed import DistributedConfig
 
         ranks = DistributedConfig(tp_size=script.tensor_parallel)
-        student = AutoModelForCausalLM.from_pretrained(student, distributed_config=ranks)
+        student = AutoModelForCausalLM.from_pretrained(
+            student, distributed_config=ranks, trust_remote_code=False
+        )
     adapters = None
     if script.lora_rank is not None:
         from peft import LoraConfig
@@ -52,7 +54,7 @@ def main() -> None:
         config,
         train_dataset=open_dataset(script.data),
         eval_dataset=None if script.eval_data is None else open_dataset(script.eval_data),
-        processing_class=AutoTokenizer.from_pretrained(script.student),
+        processing_class=AutoTokenizer.from_pretrained(script.student, trust_remote_code=False),
         peft_config=adapters,
     )
     trainer.train(resume_from_checkpoint="auto")

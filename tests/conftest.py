@@ -1,12 +1,17 @@
 """Uninitialised memory is NaN in every test: a kernel that reads what it never wrote shows it.
 
+Fast tests reach this machine only: a look-up of another name, or a connection to it, is an error.
+
 The modules in ON_EVERY_BACKEND run once per backend: what they leave at impl="auto" is chunked
 PyTorch the first time and the Triton kernels the second, on this machine's GPU or, where there is
 none, in Triton's interpreter.
 """
 
 import gc
+import ipaddress
 import os
+import socket
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -16,6 +21,48 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or its import prints to stdout
+
+
+class OnlyThisMachine:
+    """An audit hook, which cannot be removed: refuses other machines while it is on."""
+
+    def __init__(self) -> None:
+        self.on = False
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on or event not in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            return
+        name = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        if event != "socket.getaddrinfo":
+            if arguments[0].family not in (socket.AF_INET, socket.AF_INET6):
+                return
+            name = name[0]
+        if not is_this_machine(name):
+            raise RuntimeError(f"a test asked for the network: {event} of {name!r}")
+
+
+def is_this_machine(name: Any) -> bool:
+    name = name.decode() if isinstance(name, bytes) else name
+    if name in (None, "", "localhost", socket.gethostname()):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return str(name).endswith(".invalid")  # RFC 2606: no such name exists
+    return address.is_loopback or address.is_unspecified
+
+
+network = OnlyThisMachine()
+
+
+@pytest.fixture(autouse=True)
+def only_this_machine(request):
+    marks = {mark.name for mark in request.node.iter_markers()}
+    network.on = not marks & {"slow", "peers"}
+    yield
+    network.on = False
+
 
 ON_EVERY_BACKEND = {
     "test_dense_loss",

@@ -39,7 +39,9 @@ def cut_student(whole: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """Return a model made of copies of these layers, the embedding, the norm and the head."""
     config = copy.deepcopy(whole.config)
     config.num_hidden_layers = len(layers)
-    student: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # a tied head stays tied
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False
+    )  # a tied head stays tied
     new, old = student.base_model, whole.base_model
     for name, part in old.named_children():
         if name != "layers":
