@@ -58,7 +58,10 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
         if key not in known:
             near = nearest(key, known)
             hint = f". Did you mean {' or '.join(near)}?" if near else ". See --help"
-            raise ValueError(f"{key}: expected a setting of this command, got an unknown one{hint}")
+            name = printable(key, 60)
+            raise ValueError(
+                f"{name}: expected a setting of this command, got an unknown one{hint}"
+            )
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:

@@ -118,6 +118,21 @@ def test_unknown_and_missing_keys():
         fill(Some, {"k": 3})
 
 
+def test_an_unknown_key_of_a_file_acts_on_no_terminal(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text('"\\e]0;title\\a\\u202e": 1\n', encoding="utf-8")
+    (key,) = gather(file, [])
+    assert key.startswith("\x1b")
+    with pytest.raises(ValueError, match="expected a setting of this command") as caught:
+        check_keys([key], ["k"])
+    assert str(caught.value).isprintable()
+
+
+def test_a_number_that_no_float_holds():
+    with pytest.raises(ValueError, match="rate: expected a number, got 1000"):
+        coerce("rate", 10**400, float)
+
+
 def test_a_setting_that_is_typed_twice(tmp_path):
     for pairs in (["seed=1", "seed=2"], ["lora-rank=1", "--lora_rank=1"]):
         name = pairs[0].partition("=")[0].replace("-", "_")

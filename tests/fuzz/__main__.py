@@ -43,8 +43,16 @@ def main() -> int:
         oracle.bound_memory()
         if options.coverage:
             _guided(campaign, name, options)
-        end = time.monotonic() + options.seconds
-        campaign.run(options.inputs, options.seed, lambda end=end: time.monotonic() > end)
+        end, shown = time.monotonic() + options.seconds, [0.0]
+
+        def stop(end=end, shown=shown, campaign=campaign, name=name) -> bool:
+            now = time.monotonic()
+            if options.out is not None and now > shown[0] + 30:
+                _show(name, campaign, options.out)
+                shown[0] = now
+            return now > end
+
+        campaign.run(options.inputs, options.seed, stop)
         failures += _show(name, campaign, options.out)
         campaign.close()
     return min(failures, 1)
