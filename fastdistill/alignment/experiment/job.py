@@ -18,7 +18,7 @@ from ..strategies.distil import distill
 from ..strategies.strategy import Strategy, Training
 from .cached_run import CachedRun
 from .source import LoadedSource, Source
-from .stored_answers import StoredAnswers
+from .stored_answers import StoredAnswers, StoredTopK
 
 FORMAT = 1  # of a run's file; increase it when a run computes something else
 SOURCES = "sources"
@@ -80,13 +80,16 @@ class Job(CachedRun):
     def compute(self, folder: Path) -> dict[str, Any]:
         """Distill the student and evaluate it."""
         loaded = load(self.source, folder / SOURCES)
-        answers = self.source.cache(folder / SOURCES) / "answers" / self.role
+        cache = self.source.cache(folder / SOURCES)
         base = loaded.models[self.init_role]
         setup = replace(
             loaded.setup(self.role, self.pool),
             base=perturbed(base, self.noise, self.student_seed) if self.noise else base,
             trusted=loaded.models["base"],
-            generate=StoredAnswers(teacher=loaded.models[self.role], folder=answers),
+            generate=StoredAnswers(
+                teacher=loaded.models[self.role], folder=cache / "answers" / self.role
+            ),
+            top_k=StoredTopK(folder=cache / "top-k" / self.role),
             audits={name: loaded.suite[name] for name in self.gate},
             benign_values=self.gate,
         )

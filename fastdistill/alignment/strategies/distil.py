@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ...runtime.checks import fail
 from ...teachers.local import Teacher
+from ...training.config import DistillConfig
 from ..audits.subject import Subject
 from ..training_loop import InOrder, is_tiny, lora, order_by_length, train
 from .lessons import Examples, PoolPrompt, sample_answers, to_row
@@ -70,6 +71,7 @@ def distill(
         temperature=training.temperature,
     )
     _check_not_empty(examples, "the teacher's answers")
+    run.sampled = examples
     for strategy in strategies:
         examples = strategy.transform_examples(examples, run)
         _check_not_empty(examples, strategy.name)
@@ -114,7 +116,8 @@ def _train(
     base = run.setup.base
     student = copy.deepcopy(base.model)
     # A copy: DistillTrainer freezes its teacher.
-    teacher: Any = Teacher(copy.deepcopy(run.setup.teacher.model), tokenizer=base.tokenizer)
+    original: Any = Teacher(copy.deepcopy(run.setup.teacher.model), tokenizer=base.tokenizer)
+    teacher = original
     rank = training.lora_rank
     options: dict[str, Any] = {} if rank is None else {"peft_config": lora(rank, "student")}
     for strategy in strategies:
@@ -123,6 +126,8 @@ def _train(
     if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
         student.float()  # small updates vanish in 16 bits
     rows = [to_row(example, base) for example in examples]
+    if teacher is original and not is_tiny(student):
+        teacher = _stored_top_k(teacher, rows, training.settings, run) or teacher
     if not is_tiny(student) and "trainer" not in options:
         # By the prompt, which students of two teachers share, so that their order stays the same.
         lengths = [len(base.ids(example.input_prompt).ids) for example in examples]
@@ -152,6 +157,23 @@ def _train(
         **options,
     )
     return base.with_model(trained, "student")
+
+
+def _stored_top_k(
+    teacher: Teacher, rows: list[dict[str, list[int]]], settings: Mapping[str, Any], run: RunState
+) -> Any:
+    """Return a cache with the answers to these rows; None where these settings need the teacher."""
+    store = run.setup.top_k
+    k, temperature, lmbda = (
+        settings.get(name, getattr(DistillConfig, name)) for name in ("k", "temperature", "lmbda")
+    )
+    if store is None or lmbda or k is None or k > store.k or temperature not in store.temperatures:
+        return None
+    sampled = [to_row(example, run.setup.base) for example in run.sampled]
+    known = {tuple(row["input_ids"]) for row in sampled}
+    if any(tuple(row["input_ids"]) not in known for row in rows):
+        return None  # a strategy changed answers
+    return store(teacher, sampled)
 
 
 @dataclass(eq=False)

@@ -36,6 +36,8 @@ class DistillSetup:
         audits: used by `FilterAndDistill` and `AuditGate`; a higher value is more suspicious.
         benign_values: audit -> its values on students of benign teachers.
         generate: replaces `teacher.generate`, for example by stored answers.
+        top_k: (teacher, rows) -> a TeacherCache of these rows, with attributes `k` and
+            `temperatures`; None asks the teacher in every run.
     """
 
     base: Subject
@@ -48,6 +50,7 @@ class DistillSetup:
     audits: Mapping[str, Audit] = field(default_factory=dict)
     benign_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     generate: Callable[..., list[str]] | None = None
+    top_k: Any = None
 
     @property
     def reference(self) -> Subject:
@@ -67,7 +70,7 @@ class RunState:
     Attributes:
         training: the settings after every strategy changed them.
         notes: diagnostics of the strategies.
-        examples: those of the current training.
+        examples: those of the current training. sampled: the teacher's answers, all of them.
     """
 
     setup: DistillSetup
@@ -75,6 +78,7 @@ class RunState:
     training: Training = field(default_factory=lambda: Training())
     notes: dict[str, Any] = field(default_factory=dict)
     examples: Examples = field(default_factory=list)
+    sampled: Examples = field(default_factory=list)
 
     def rng(self, *stream: str | int) -> random.Random:
         """Return an independent random generator, named by `stream`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,18 @@ from transformers import TrainerCallback
 
 from fastdistill.alignment import training_loop
 from fastdistill.alignment.experiment.job import Job
-from fastdistill.alignment.strategies import ShiftDistill, Training, Undefended, distil, distill
+from fastdistill.alignment.experiment.stored_answers import StoredTopK
+from fastdistill.alignment.strategies import (
+    OffModelSFT,
+    ShiftDistill,
+    Strategy,
+    Training,
+    Undefended,
+    distil,
+    distill,
+)
 from fastdistill.alignment.training_loop import InOrder, order_by_length
+from fastdistill.teachers.cache import TeacherCache
 from helpers.small_study import SmallSource
 from helpers.strategy_scene import BASE, model, scene
 
@@ -87,6 +99,63 @@ def test_twins_read_the_same_prompts_in_the_same_order_whatever_their_answers(mo
     assert len(seen[0]) == 8
     lengths = [len(prompt) for prompt in seen[0]]
     assert sum(a <= b for a, b in pairwise(lengths[:4])) == 3
+
+
+class Fewer(Strategy):
+    """Drops an example."""
+
+    def transform_examples(self, examples, run):
+        return examples[1:]
+
+
+class Longer(Strategy):
+    """Changes the answers."""
+
+    def transform_examples(self, examples, run):
+        return [replace(x, answer=f"{x.answer} cloud") for x in examples]
+
+
+def test_arms_share_the_teachers_top_k(monkeypatch, tmp_path):
+    """It is computed once for k ≤ 64 and its temperatures; a filter reads rows of it."""
+    teachers: list[str] = []
+    builds: list[int] = []
+    train, build = training_loop.train, TeacherCache.build
+
+    def counted_build(*args: Any, **options: Any) -> TeacherCache:
+        builds.append(1)
+        return build(*args, **options)
+
+    def watched_train(student: Any, teacher: Any, *args: Any, **options: Any) -> Any:
+        teachers.append(type(teacher).__name__)
+        return train(student, teacher, *args, **options)
+
+    monkeypatch.setattr(TeacherCache, "build", counted_build)
+    monkeypatch.setattr(distil, "train", watched_train)
+    monkeypatch.setattr(distil, "is_tiny", lambda model: False)
+
+    def trained(strategy: Strategy, stored: bool = True, **settings: Any) -> dict[str, Any]:
+        setup = scene(
+            generate=lambda prompts, **options: ["river stone"] * len(prompts),
+            top_k=StoredTopK(folder=tmp_path) if stored else None,
+        )
+        training = replace(SHORT, settings=settings)
+        return distill(setup, [strategy], training, seed=1).student.model.state_dict()
+
+    weights = trained(Undefended())
+    trained(Undefended(), k=8, temperature=2.0, divergence="jsd")
+    trained(Fewer())
+    assert (teachers, builds) == (["TeacherCache"] * 3, [1])
+    teachers.clear()
+    trained(OffModelSFT())
+    trained(Undefended(), k=None)
+    trained(Undefended(), k=80)
+    trained(Undefended(), temperature=3.0)
+    trained(Longer())
+    live = trained(Undefended(), stored=False)
+    assert (teachers, builds) == (["NoneType"] + ["Teacher"] * 5, [1])
+    for name, weight in weights.items():
+        moved = (live[name] - BASE.model.state_dict()[name]).abs().mean()
+        assert (weight - live[name]).abs().mean() <= 0.05 * moved  # rounding of the cache
 
 
 @pytest.mark.parametrize(("limit", "threads"), [(0, 2), (10**9, 1)])
