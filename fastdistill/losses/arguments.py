@@ -116,7 +116,8 @@ def to_teacher_rows(
 
 def only_argmax(teacher: TopK) -> TopK:
     """Return answers with all mass on the most probable id; an empty answer stays empty."""
-    all_ids, lp = teacher.ids.flatten(0, -2), teacher.logprobs.detach().flatten(0, -2).float()
+    # In fp64, log p of less than -87 are still told apart.
+    all_ids, lp = teacher.ids.flatten(0, -2), teacher.logprobs.detach().flatten(0, -2).double()
     lp = lp.masked_fill(all_ids < 0, -torch.inf).clamp(min=floor_of(lp.dtype))
     merged, lp, _ = merge_answers(all_ids.long(), lp)
     best = lp.masked_fill(merged < 0, -torch.inf).argmax(-1, keepdim=True)

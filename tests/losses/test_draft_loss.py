@@ -295,3 +295,12 @@ def test_refused_rates():
         fd.acceptance_length(torch.tensor([0.5, 1.5]))
     with pytest.raises(ValueError, match=r"acceptance_rate: expected shape \[\.\.\., T\]"):
         fd.acceptance_length(rate[:, :0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_argmax_among_tokens_of_next_to_no_probability(dtype):
+    """Below e^-87, which is the least probability of a loss, they still have an order."""
+    hidden, weight = torch.randn(1, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
+    teacher = fd.TopK(torch.tensor([[3, 7, 5]]), torch.tensor([[-1e4, -90.0, -120.0]]))
+    loss = fd.topk_distill_loss(hidden, weight, teacher, divergence="argmax_ce")
+    torch.testing.assert_close(loss, -(hidden @ weight.t()).log_softmax(-1)[0, 7])

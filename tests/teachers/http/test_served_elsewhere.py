@@ -41,7 +41,7 @@ class _Redirect(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_POST = do_CONNECT = do_GET  # noqa: N815
+    do_POST = do_CONNECT = do_GET
 
     def log_message(self, *arguments: object) -> None:
         pass
