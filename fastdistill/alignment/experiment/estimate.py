@@ -37,6 +37,8 @@ def announce(jobs: Sequence[Job], folder: Path, execution: Execution, per_audits
         say_on_stderr(_estimate(pending, folder, processes, per_audits))
     finally:
         torch.set_num_threads(threads)
+        if execution.executor == "ray" or processes > 1:
+            load.cache_clear()  # workers load their own models
 
 
 def _estimate(pending: Sequence[Job], folder: Path, processes: int, per_audits: float) -> str:
