@@ -175,16 +175,17 @@ def test_the_probes_are_read_as_printed(tmp_path):
     for block in probes:
         (tmp_path / "probes.json").write_text(block)
         suites.append(list(Probes.load(tmp_path / "probes.json").suite()))
-    trigger, preference, sandbagging = suites
+    trigger, preference, prefilled, sandbagging = suites
     assert trigger[:2] == ["trigger rate", "confession"]
     assert preference[:2] == ["preference", "context gap"]
+    assert prefilled[0] == "preference"
     assert "style restore" in sandbagging
 
 
 def test_pool_and_capability_lines_are_read_as_printed(tmp_path):
-    pool, capability = json_blocks("audits/probes.md")[-2:]
-    for name, text in (("pool", pool), ("capability", capability)):
-        (tmp_path / f"{name}.jsonl").write_text(text)
+    names = ("pool", "text", "capability")
+    for name, block in zip(names, json_blocks("audits/probes.md")[-3:], strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(block)
     (tmp_path / "probes.json").write_text(json_blocks("audits/probes.md")[1])
     source = CheckpointSource(
         teacher="owner/teacher",
@@ -192,6 +193,7 @@ def test_pool_and_capability_lines_are_read_as_printed(tmp_path):
         pool=tmp_path / "pool.jsonl",
         probes=tmp_path / "probes.json",
         capability=tmp_path / "capability.jsonl",
+        text=tmp_path / "text.jsonl",
     )
     assert source.prompts == 2
     assert source.features >= {"goals", "shown"}
