@@ -241,14 +241,16 @@ def main() -> None:
         if code is None:  # printed through `say`: its message may contain control characters
             say("".join(traceback.format_exception(error)), file=sys.stderr)
             raise SystemExit(1) from None
-        say(f"fastdistill: {error}", file=sys.stderr)
+        say(f"fastdistill: {str(error) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
 def _code_of(error: Exception) -> int | None:
     """Return 2 for an invalid request, 1 for a failed run, None for a bug (prints a traceback)."""
     # By name, so that torch and the modules of the commands stay unimported.
-    if type(error).__name__ in ("Failed", "OutOfMemoryError"):
+    if type(error).__name__ in ("Failed", "OutOfMemoryError") or isinstance(error, MemoryError):
+        return 1
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error):
         return 1
     ours = isinstance(error, TypeError) and ": expected " in str(error)
     missing = isinstance(error, ImportError) and error.name is None

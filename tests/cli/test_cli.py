@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from fastdistill.cli.app import app
@@ -131,6 +132,28 @@ def test_bad_input_is_exit_2_and_no_traceback(tmp_path, capsys, monkeypatch, arg
     assert words in error
     assert "Traceback" not in error
     assert output == ""
+
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "fastdistill: out of memory\n"),
+        (RuntimeError(ALLOCATOR), f"fastdistill: {ALLOCATOR}\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "fastdistill: CUDA out of memory.\n"),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_is_one_line(capsys, monkeypatch, error, words):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr("fastdistill.cli.doctor.examine", fails)
+    assert call(capsys, monkeypatch, "doctor") == (1, "", words)
 
 
 LIBRARIES = {

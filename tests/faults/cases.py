@@ -387,7 +387,7 @@ def _cut(pattern: str, folder: Path) -> None:
 
 
 REMOVED = {
-    "train": ("run", "run/checkpoint-*", "run/metrics.jsonl", "run/checkpoint-*/finished.json"),
+    "train": ("run", "run/checkpoint-*", "run/checkpoint-*/finished.json"),
     "train from a cache": ("cache", "cache/*.safetensors", "cache/manifest.json"),
     "cache": ("cache", "cache/*.safetensors", "cache/settings.json", "cache/.building-0"),
     "quantize": (".int8.*",),
@@ -404,7 +404,7 @@ def deleted_files(rng: random.Random, count: int) -> Iterator[Case]:
                 kind="files deleted in use",
                 task=task,
                 name=f"{pattern} at access {n}",
-                error="expected|No such file|damaged|not found|missing",
+                error="expected|No such file|damaged|not found|missing|stopped before",
                 fault=at_file_access(n, partial(_remove, pattern)),
                 loses=True,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ...hf.encoder import Encoder
 from ...hf.source import MANIFEST, SETTINGS
 from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ...losses.types import TopK
-from ...runtime.atomic_files import write_json
+from ...runtime.atomic_files import naming_full_disk, write_json
 from ...runtime.printable import printable
 from ...runtime.progress import RowProgress
 from .codec import Array, pack
@@ -203,15 +204,17 @@ def _check_answers(
 
 def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None:
     try:
-        if not (folder / SETTINGS).is_file():  # another rank failed and removed it
-            write_json(folder / SETTINGS, settings.as_json())
-        shard = writer.write(folder / shard_name(index))
-        write_json((folder / shard.file).with_suffix(".json"), asdict(shard))
+        with naming_full_disk(folder):
+            if not (folder / SETTINGS).is_file():  # another rank failed and removed it
+                write_json(folder / SETTINGS, settings.as_json())
+            shard = writer.write(folder / shard_name(index))
+            write_json((folder / shard.file).with_suffix(".json"), asdict(shard))
     except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
         raise OSError(
             error.errno,
-            f"{error.strerror or error}: writing {shard_name(index)}. Finished shards are kept; "
-            "make room and build again with the same settings",
+            f"{reason}: writing {shard_name(index)}. Finished shards are kept; make room and build "
+            "again with the same settings",
             str(folder),
         ) from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastdistill import CacheError, TeacherCache
@@ -91,7 +92,17 @@ def test_killed_at_twenty_random_moments(tmp_path, undisturbed):
     assert TeacherCache(folder).verify().shards == len(undisturbed) // 2 - 1
 
 
-def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypatch, undisturbed):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=repr,
+)
+def test_a_full_disk_is_said_before_and_costs_nothing_behind(
+    tmp_path, monkeypatch, undisturbed, error
+):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -104,7 +115,7 @@ def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypat
         written.append(file)
         if len(written) == 3:
             file.write_bytes(b"part of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save(tensors, file)
 
     save = save_file
