@@ -166,7 +166,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_a_line_that_the_trainer_does_not_write_is_left_out(tmp_path, change):
-    """Each of them was a traceback, in one of 22 places of the report."""
+    """Such lines were tracebacks in many places of the report."""
     good = {"run": "a", "time": 1.0, "step": 1, "loss": 2.0}
     lines = [good, {**good, "step": 3, **change}, {**good, "step": 2}]
     (tmp_path / NAME).write_text("\n".join(map(json.dumps, lines)))

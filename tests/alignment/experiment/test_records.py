@@ -71,7 +71,7 @@ def test_the_records_are_read(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 10**400, "x", [[]], {"x": {}}, [float("nan")]], ids=repr)
 def test_a_value_of_another_kind_is_damage_or_is_read(tmp_path, value):
-    """In every place of the file; most were tracebacks of eight classes."""
+    """In every place of the file; most were tracebacks."""
     refused = 0
     for place in places(LINES):
         lines = copy.deepcopy(LINES)
