@@ -123,6 +123,7 @@ PRICES: dict[str, Price] = {
     "triton_topk:finish_topk": _streamed,
     "triton_token_loss:token_loss": _streamed,
     "triton_token_loss:merge_slots": _compared,
+    "triton_token_scores:token_scores": _streamed,
     "triton_grad:grad_rows": _streamed,
     "triton_grad:scale_in_place": _nothing,
     "triton_dense:sum_divergence": _dense,

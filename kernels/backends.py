@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import functools
 
-from . import token_loss, torch_dense, torch_gather, torch_grads, torch_slabs, torch_token_loss
+from . import (
+    token_loss,
+    torch_dense,
+    torch_gather,
+    torch_grads,
+    torch_slabs,
+    torch_token_loss,
+    torch_token_scores,
+)
 from .engines import Backend
 
 CPU_BLOCK_TOKENS = 1024
@@ -14,13 +22,22 @@ CPU_BLOCK_TOKENS = 1024
 def get_backend(impl: str) -> Backend:
     """Return the backend called `impl`; Triton is imported when its first kernel is launched."""
     if impl == "triton":
-        from . import gpu_dense, gpu_gather, gpu_rows, gpu_slabs, gpu_token_loss, gpu_topk
+        from . import (
+            gpu_dense,
+            gpu_gather,
+            gpu_rows,
+            gpu_slabs,
+            gpu_token_loss,
+            gpu_token_scores,
+            gpu_topk,
+        )
 
         return Backend(
             gpu_slabs.scan,
             gpu_slabs.new_logits_buffer,
             gpu_token_loss.merge_answers,
             gpu_token_loss.token_loss,
+            gpu_token_scores.token_scores,
             gpu_slabs.chunk_grads,
             gpu_slabs.recompute,
             gpu_gather.forward,
@@ -37,6 +54,7 @@ def get_backend(impl: str) -> Backend:
         torch_slabs.new_logits_buffer,
         token_loss.merge_answers,
         torch_token_loss.token_loss,
+        torch_token_scores.token_scores,
         torch_grads.chunk_grads,
         torch_grads.recompute,
         torch_gather.forward,

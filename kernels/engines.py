@@ -26,6 +26,7 @@ class Backend(NamedTuple):
     new_logits_buffer  memory for the logits of one chunk
     merge_answers      (distinct ids, log p, Σ p) of a teacher's answers
     token_loss         loss, statistics and gradients of a named divergence from those of a chunk
+    token_scores       scores from the statistics of a block
     chunk_grads        turn the stored logits of a chunk into dz; add its share of dX, dW, db;
                        return the scale that dW and db carry, None if it is 1
     recompute          dX, dW, db of all tokens from upstream gradients; recomputes the logits
@@ -42,6 +43,7 @@ class Backend(NamedTuple):
     new_logits_buffer: Callable[..., Tensor]
     merge_answers: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     token_loss: Callable[..., RowLosses]
+    token_scores: Callable[..., Any]  # RowScores of row_scores.py
     chunk_grads: Callable[..., Tensor | None]
     recompute: Callable[..., Grads]
     gather: Callable[..., Tensor]

@@ -15,77 +15,62 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import LMHead, blocks
-from .token_loss import ABSENT, NEG, first_slots
+from .token_loss import TeacherTopK
 
 
-class HeadScores(NamedTuple):
-    """[N] each at T; lse_rest_base at T=1; z_ids [N, S] at T."""
+class RowScores(NamedTuple):
+    """TokenScores without teacher_mass, [N] each; None without labels, or without a teacher."""
 
-    z_ids: Tensor
-    lse_rest: Tensor
-    lse_rest_base: Tensor
     lse: Tensor
     entropy: Tensor
     varentropy: Tensor
     max_logprob: Tensor
     argmax: Tensor
     margin: Tensor
-    above_label: Tensor  # int64: how many tokens have a larger logit than the last slot
+    nll: Tensor | None
+    label_rank: Tensor | None
+    forward_kl: Tensor | None
+    student_mass: Tensor | None
+    hellinger: Tensor | None
+    acceptance_rate: Tensor | None
 
 
 def scores(
-    backend: Backend, head: LMHead, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
-) -> HeadScores:
-    """Return the scores; label_u_N is the label's logit at T=1, from a product with its row."""
-    parts = [
-        _block(
-            backend,
+    backend: Backend,
+    head: LMHead,
+    hidden_NH: Tensor,
+    teacher: TeacherTopK | None,
+    label_N: Tensor | None,
+    label_u_N: Tensor | None,
+) -> RowScores:
+    """Return the scores; label_u_N is the label's logit at T=1, from a product with its row.
+
+    label_N int64 [N] is negative without a label. The slots are the teacher's ids and, behind them,
+    the label, which may repeat one of these.
+    """
+    N = hidden_NH.shape[0]
+    slots = [] if teacher is None else [teacher.ids]
+    slots += [] if label_N is None else [label_N.unsqueeze(-1)]
+    ids_NS = torch.cat(slots, -1) if slots else hidden_NH.new_empty(N, 0, dtype=torch.int64)
+
+    def rows(tensor: Tensor | None, at: slice) -> Tensor | None:
+        return None if tensor is None else tensor[at]
+
+    parts = []
+    for at in blocks(max(1, N), backend.block_tokens):
+        scanned = backend.scan(
             head,
             hidden_NH[at],
             ids_NS[at],
-            None if label_u_N is None else label_u_N[at],
+            moments=2,
+            base=True,
+            best=True,
+            label_u_n=rows(label_u_N, at),
         )
-        for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)
-    ]
+        answers = None if teacher is None else TeacherTopK(*(t[at] for t in teacher))
+        parts.append(backend.token_scores(head, ids_NS[at], scanned, answers, rows(label_N, at)))
     if len(parts) == 1:
         return parts[0]
-    return HeadScores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
-
-
-def _block(
-    backend: Backend, head: LMHead, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
-) -> HeadScores:
-    T = head.temperature
-    scanned = backend.scan(
-        head, hidden_nH, ids_nS, moments=2, base=True, best=True, label_u_n=label_u_n
-    )
-    u_nS, running = scanned.u_nS, scanned.rest
-    assert scanned.best is not None
-    best, best_id, above = scanned.best
-    unique = first_slots(ids_nS)
-    unique_u = torch.where(unique, u_nS, NEG)
-    if label_u_n is not None:
-        above = above + (unique_u > u_nS[:, -1:]).sum(-1)
-    lse_rest = running.lse()
-    base = lse_rest if scanned.rest_base is None else scanned.rest_base.lse()
-    if ids_nS.shape[1]:
-        running.add(unique_u.t())
-        slot_u, slot = unique_u.max(-1)
-        slot_id = ids_nS.gather(-1, slot.unsqueeze(-1))[:, 0]
-        best_id = torch.where(slot_u > best[:, 0], slot_id, best_id)
-        best = torch.cat([best, unique_u], -1).topk(2, -1).values
-    s0, s1, s2 = running.sums
-    mean = s1 / s0
-    lse = running.lse()
-    return HeadScores(
-        torch.where(u_nS < ABSENT, NEG, u_nS / T),
-        lse_rest,
-        base,
-        lse,
-        s0.log() - mean,
-        (s2 / s0 - mean.square()).clamp(min=0),
-        best[:, 0] / T - lse,
-        best_id,
-        (best[:, 0] - best[:, 1]) / T,
-        above,
+    return RowScores._make(
+        None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*parts, strict=True)
     )

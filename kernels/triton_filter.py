@@ -14,6 +14,8 @@ run-time lengths and no branches.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,29 +26,6 @@ from .triton_common import INTERPRETED, round_to
 
 # BM = BK: dW reads the tiles of dz transposed.
 FILTER_TILE = {"BM": 128, "BK": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
-
-
-@triton.jit
-def mark_live(
-    p_dz, p_threshold, p_live, n, v, ld_dz, n_col_tiles, BN: tl.constexpr, BV: tl.constexpr
-):
-    """live[i, j] = 1 if max |dz| of tile (i, j) reaches the threshold, else 0.
-
-    Args:
-        p_dz: [n, v], row stride ld_dz. p_threshold: one element.
-        p_live: int32 [⌈n / BN⌉, n_col_tiles], the result.
-
-    Program (i, j) owns one tile [BN, BV] of dz.
-    """
-    i_row = tl.program_id(0)
-    i_col = tl.program_id(1)
-    o_rows = i_row * BN + tl.arange(0, BN)
-    o_cols = i_col * BV + tl.arange(0, BV)
-    m_tile = (o_rows < n)[:, None] & (o_cols < v)[None, :]
-    p_tile = p_dz + o_rows.to(tl.int64)[:, None] * ld_dz + o_cols[None, :]
-    b_abs = tl.abs(tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32))
-    b_max = tl.max(tl.max(b_abs, 1), 0)
-    tl.store(p_live + i_row * n_col_tiles + i_col, (b_max >= tl.load(p_threshold)).to(tl.int32))
 
 
 @triton.jit
@@ -107,26 +86,23 @@ def filtered_product(
 
 
 def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
-    """int32 [n / 128, v / 128]: 1 for tiles with some |dz| ≥ threshold (0-dim)."""
-    n, v = dz_nv.shape
-    grid = (triton.cdiv(n, FILTER_TILE["BM"]), triton.cdiv(v, FILTER_TILE["BK"]))
-    live = torch.zeros(grid, dtype=torch.int32, device=dz_nv.device)
-    launch(
-        "triton_filter:mark_live",
-        grid,
-        dz_nv,
-        p_dz=dz_nv,
-        p_threshold=threshold,
-        p_live=live,
-        n=n,
-        v=v,
-        ld_dz=dz_nv.stride(0),
-        n_col_tiles=grid[1],
-        BN=FILTER_TILE["BM"],
-        BV=FILTER_TILE["BK"],
-        num_warps=FILTER_TILE["num_warps"],
-    )
-    return live
+    """int32 [n / 128, v / 128]: 1 for tiles with some |dz| ≥ threshold (0-dim).
+
+    PyTorch reads dz once, as a kernel would; whole tiles and those at the ends separately.
+    """
+    (n, v), B = dz_nv.shape, FILTER_TILE["BM"]
+    largest = dz_nv.new_empty(triton.cdiv(n, B), triton.cdiv(v, B), dtype=torch.float32)
+    for rows, cols in itertools.product(_whole_and_rest(n, B), _whole_and_rest(v, B)):
+        out = largest[rows.start // B : -(-rows.stop // B), cols.start // B : -(-cols.stop // B)]
+        tiles = dz_nv[rows, cols].unflatten(0, (len(out), -1)).unflatten(2, (out.shape[1], -1))
+        out.copy_(torch.linalg.vector_norm(tiles, torch.inf, (1, 3), dtype=torch.float32))
+    return (largest >= threshold).to(torch.int32)
+
+
+def _whole_and_rest(n: int, size: int) -> list[slice]:
+    """The indices in whole tiles, and those of the last one; without empty slices."""
+    whole = n // size * size
+    return [at for at in (slice(0, whole), slice(whole, n)) if at.start < at.stop]
 
 
 def hidden_product(dz_nv: Tensor, weight_vH: Tensor, live: Tensor) -> Tensor:

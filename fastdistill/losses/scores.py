@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.backends import get_backend
-from ..kernels.engines import Backend
-from ..kernels.head import LMHead, Stats
+from ..kernels.head import LMHead
 from ..kernels.row_scores import scores
-from ..kernels.token_loss import LossOptions, TeacherTopK, TokenLosses
+from ..kernels.token_loss import LossOptions
 from ..runtime.backend import resolve_impl
 from .arguments import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .checks import check_labels, check_teacher
@@ -65,67 +64,22 @@ def token_scores(
         check_labels(labels, hidden, ops.vocab, ignore_index, check)
     head, label_N = ops.head, Reduction(labels, ignore_index=ignore_index).label_N
     teacher_rows = None
-    ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if teacher is not None:
         options = LossOptions(temperature=temperature, impl=impl)
         check_teacher(teacher, hidden, None, vocab=ops.vocab, options=options, check=check)
         teacher_rows = to_teacher_rows(teacher, options, head.dtype)
-        ids = teacher_rows.teacher.ids
     if impl == "reference":
         return _reference(ops, label_N, teacher_rows)
     label_u = None
     if label_N is not None:
-        ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
         unscaled = head._replace(temperature=1.0)
         label_u = gather_logits(ops.hidden, unscaled, label_N.unsqueeze(-1), impl, None)[:, 0]
+    answers = None if teacher_rows is None else teacher_rows.teacher
     with torch.autocast(hidden.device.type, enabled=False):
-        backend = get_backend(impl)
-        s = scores(backend, head, ops.hidden, ids, label_u)
-    nll = rank = None
-    kl = hellinger = mass = acceptance = None
-    if teacher_rows is not None:
-        stats = Stats(s.z_ids, s.lse_rest, None, s.lse_rest_base)
-        shared = (backend, head, ids, stats, teacher_rows.teacher, label_N)
-        _, kl, mass, _, nll = _rows(*shared, "forward_kl")
-        hellinger = _rows(*shared, "hellinger").divergence.clamp(min=0).sqrt()
-        acceptance = (1 - _rows(*shared, "tvd").divergence).clamp(min=0, max=1)
-    elif label_N is not None:
-        nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
-        nll = (nll - s.z_ids[:, -1] * temperature).masked_fill(label_N < 0, 0.0)
-    if label_N is not None:
-        # The label's logit comes from another product; if it is the argmax, its rank is 0.
-        rank = torch.where((s.argmax == label_N) | (label_N < 0), 0, s.above_label)
-    result = TokenScores(
-        s.lse,
-        s.entropy,
-        s.varentropy,
-        s.max_logprob,
-        s.argmax,
-        s.margin,
-        nll,
-        rank,
-        kl,
-        None if teacher_rows is None else teacher_rows.mass,
-        mass,
-        hellinger,
-        acceptance,
-    )
+        rows = scores(get_backend(impl), head, ops.hidden, answers, label_N, label_u)
+    mass = None if teacher_rows is None else teacher_rows.mass
+    result = TokenScores(**rows._asdict(), teacher_mass=mass)
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)
-
-
-def _rows(
-    backend: Backend,
-    head: LMHead,
-    ids: Tensor,
-    stats: Stats,
-    teacher: TeacherTopK,
-    label_N: Tensor | None,
-    name: str,
-) -> TokenLosses:
-    """D and the other terms of a named divergence with the bucket tail, [N] each."""
-    options = LossOptions(name, temperature=head.temperature)
-    one = torch.ones_like(stats.lse_rest)
-    return backend.token_loss(head, ids, stats, teacher, label_N, one, options, grad=False).rows
 
 
 def _reference(

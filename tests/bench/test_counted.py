@@ -19,6 +19,7 @@ from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.gpu_slabs import forward_columns
 from fastdistill.kernels.head import Stats, chunk_tokens, dense_chunk_tokens
+from fastdistill.kernels.token_loss import TeacherTopK
 from fastdistill.training.config import DistillConfig
 from fastdistill.training.loss import Loss
 from fastdistill.training.targets import Targets
@@ -46,7 +47,7 @@ def rows_alone(e, h, x, t, coef):
 
 
 def scoring(e, h, x, t, coef):
-    row_scores.scores(e, h, x, t.ids, coef)
+    row_scores.scores(e, h, x, TeacherTopK(*t[:3]), None, None)
     return ()
 
 

@@ -159,6 +159,7 @@ def run_everything() -> None:
             assert entropy is not None
             entropy.sum().backward()
             fd.token_scores(x, w, labels=labels, teacher=teacher, **options)
+            fd.token_scores(x, w, labels=labels, **options)
             fd.linear_topk(x, w, K, **options)
             of = {name: options[name] for name in ("bias", "softcap") if name in options}
             topk_at(x, LMHead(w, **of), K, (1.0, 2.0), "triton")

@@ -27,7 +27,6 @@ FACTS = {
     "grad_divergence": {"loads": 4, "stores": 1, "barriers": 1},
     "grad_rows": {"loads": 4, "stores": 2, "barriers": 2},
     "merge_slots": {"barriers": 0},
-    "mark_live": {"loads": 8, "barriers": 2},
     "quantize_row": {"loads": 8, "barriers": 2},
     "reduce_groups": {"loads": 1, "barriers": 3},
     "reduce_rows": {"loads": 1, "barriers": 32},
@@ -37,6 +36,7 @@ FACTS = {
     "sum_parts": {"barriers": 2},
     "sum_runs": {"barriers": 0},
     "token_loss": {"barriers": 17},
+    "token_scores": {"barriers": 23},
 }
 IN_PLACE = ("grad_rows", "grad_divergence")
 

@@ -15,7 +15,8 @@ ARGUMENTS = [(), ("labels",), ("teacher",), ("labels", "teacher")]
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("names", ARGUMENTS, ids=str)
 @pytest.mark.parametrize("dtype", list(VALUE), ids=str)
-def test_against_dense_fp64(dtype, names, temperature):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_against_dense_fp64(impl, dtype, names, temperature):
     c = case(dtype, V=300)
     labels = c.labels.clone()
     labels[3] = -100
@@ -23,7 +24,7 @@ def test_against_dense_fp64(dtype, names, temperature):
     t.ids[2, 4] = -1
     everything = {"labels": labels, "teacher": t}
     options = {k: everything[k] for k in names} | {"temperature": temperature, "softcap": 30.0}
-    actual = fd.token_scores(c.hidden, c.weight, bias=c.bias, **options)
+    actual = fd.token_scores(c.hidden, c.weight, bias=c.bias, impl=impl, **options)
     truth = fd.token_scores(
         c.hidden.double(), c.weight.double(), bias=c.bias.double(), impl="reference", **options
     )
