@@ -4,7 +4,8 @@ Each call is compared with loss_truth.py, which shares no code with the package:
 where the truth is finite, an error within tests/helpers/tolerances.py's budget or what the
 roundings of logits can change, and the same bits when it is repeated. random_inputs.py has the
 shapes and options. Groups of calls are functions of (--seed, number of the group), so a run can be
-continued with --start, and a failure is repeated by --start GROUP --calls 1.
+continued with --start, and a failure is repeated by --start GROUP --calls 1. Ctrl+C ends a run with
+the record of its calls.
 
     --impl auto (PyTorch and the C++ kernels), torch, triton (TRITON_INTERPRET=1 without a GPU)
     FASTDISTILL_NO_EXT=1 leaves the C++ kernels out; FASTDISTILL_CPU_ISA chooses theirs
@@ -18,6 +19,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -263,8 +265,8 @@ def compare(group: Group, truth: Truth, results: Results, b: int) -> str | None:
                 exact, bound = exact.sum(), bound.sum()
             allowed, limit = bound.norm(), largest
         result = result.double()
-        if not (exact.isfinite().all() and exact.abs().amax() < limit):
-            continue
+        if not (exact.isfinite().all() and exact.abs().amax() + allowed < limit):
+            continue  # the truth, or one with its rounding errors, is beyond the type
         if group.bias is not None and group.bias.isinf().any() and not conditioned:
             continue  # the truth is infinite
         if not result.isfinite().all():
@@ -439,11 +441,13 @@ class Campaign:
         self.calls: Counter[str] = Counter()
         self.failures: list[dict[str, Any]] = []
         self.failed = 0
+        self.next_group = 0
 
-    def run(self, start: int, calls: int, say: Callable[[str], None]) -> int:
-        """Run groups from `start` until `calls` were made; return the number of the next group."""
-        index = start
+    def run(self, start: int, calls: int, say: Callable[[str], None]) -> None:
+        """Run groups from `start` until `calls` were made."""
+        self.next_group = start
         while self.calls.total() < calls:
+            index = self.next_group
             group = draw(self.seed, index)
             check = check_scores if group.kind in ("scores", "linear_topk") else check_loss
             for call, path, wrong in check(group, self.impl):
@@ -455,17 +459,16 @@ class Campaign:
                     if len(self.failures) < MOST_FAILURES:
                         self.failures.append(failure)
                         say(json.dumps(failure))
-            index += 1
-            if index % 100 == 0:
-                say(f"group {index}: {self.calls.total()} calls, {self.failed} failures")
-        return index
+            self.next_group += 1
+            if self.next_group % 100 == 0:
+                say(f"group {self.next_group}: {self.calls.total()} calls, {self.failed} failures")
 
-    def record(self, next_group: int) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
             "impl": self.impl,
             "cpu_isa": fd_isa(),
-            "next_group": next_group,
+            "next_group": self.next_group,
             "calls": self.calls.total(),
             "by_kind": dict(sorted(self.calls.items())),
             "failed": self.failed,
@@ -495,14 +498,14 @@ def main() -> int:
     args = cli.parse_args()
     torch.set_num_threads(1)
     campaign = Campaign(args.seed, args.impl)
-    following = campaign.run(
-        args.start, args.calls, lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    record = campaign.record(following)
+    with suppress(KeyboardInterrupt):  # then the record is that of the calls so far
+        campaign.run(args.start, args.calls, lambda line: print(line, file=sys.stderr, flush=True))
+    record = campaign.record()
     if args.json:
         print(json.dumps(record, indent=1))
     else:
-        print(f"{record['calls']} calls, {record['failed']} failures; next: --start {following}")
+        following = f"next: --start {campaign.next_group}"
+        print(f"{record['calls']} calls, {record['failed']} failures; {following}")
     return 1 if record["failed"] else 0
 
 
