@@ -202,5 +202,5 @@ def answers(
     if o["divergence"] == "argmax_ce":  # no ties after rounding
         return ids, logprobs, log_tail
     logprobs = logprobs.to(rng.choice((torch.float32, torch.float32, torch.float64)))
-    given = rng.random() < 0.8 or o["divergence"] in ("nla", "lk_hybrid")
-    return ids, logprobs, log_tail.to(logprobs.dtype) if given else None
+    has_tail = rng.random() < 0.8 or o["divergence"] in ("nla", "lk_hybrid")
+    return ids, logprobs, log_tail.to(logprobs.dtype) if has_tail else None

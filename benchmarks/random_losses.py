@@ -38,7 +38,7 @@ BUDGET = {
     torch.bfloat16: (2e-5, 2 * 2**-9),
     torch.float16: (2e-5, 1e-3),
 }
-SMALLEST = {torch.float16: 2.0**-24}  # below it a result is 0
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-120}  # below it a result is 0
 MOST_FAILURES = 50
 Results = dict[str, Tensor]
 
@@ -421,7 +421,7 @@ def describe(group: Group) -> dict[str, Any]:
     shape = {"N": N, "H": H, "V": group.weight.shape[1], "K": group.k}
     o = {k: getattr(v, "__name__", v) for k, v in group.options.items()}
     others = {"taken_at": group.taken_at, "reduction": group.reduction, "upstream": group.upstream}
-    given = ("bias", "labels", "token_weight", "log_tail")
+    optional = ("bias", "labels", "token_weight", "log_tail")
     return {
         "kind": group.kind,
         "dtype": str(group.dtype)[6:],
@@ -429,7 +429,7 @@ def describe(group: Group) -> dict[str, Any]:
         **o,
         **group.head,
         **others,
-        "with": [name for name in given if getattr(group, name) is not None],
+        "with": [name for name in optional if getattr(group, name) is not None],
     }
 
 

@@ -54,13 +54,13 @@ def needed_by(project: dict[str, Any]) -> dict[str, list[str]]:
     lists = {"the base package": project["project"]["dependencies"]}
     lists |= project["project"]["optional-dependencies"]
     lists["the build"] = project["build-system"]["requires"]
-    found: dict[str, list[str]] = {}
+    extras: dict[str, list[str]] = {}
     for extra, requirements in lists.items():
         for requirement in requirements:
             name = re.split(r"[^\w.-]", requirement)[0].lower()
             if name != "fastdistill":
-                found.setdefault(name, []).append(extra)
-    return found
+                extras.setdefault(name, []).append(extra)
+    return extras
 
 
 def main() -> None:

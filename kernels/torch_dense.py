@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .divergences import call_divergence, floor_of, resolve
 from .head import DenseRows, LMHead, vocabulary_slabs
-from .token_loss import LossOptions
+from .token_loss import LEAST_LOG_Q, LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
 
 
@@ -41,7 +41,7 @@ def dense_sums(
     rows = V if callable(options.divergence) else 4096
     for at in vocabulary_slabs(head, rows):
         u, teacher_u = (u_Vn[at], psi_Vn[at]) if T == 1.0 else (u_Vn[at] / T, psi_Vn[at] / T)
-        lq = u - lse_n
+        lq = (u - lse_n).clamp_(min=LEAST_LOG_Q)  # a bias may be −∞
         lp = (teacher_u - teacher_lse_n).clamp_(min=floor)
         if isinstance(options.divergence, str):
             rule = resolve(options.divergence, options.beta, options.skew, w_n)

@@ -26,9 +26,9 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 
 
 def name_of(requirement: str) -> str:
-    found = re.match(r"[\w.-]+", requirement)
-    assert found is not None
-    return re.sub(r"[._]", "-", found[0].lower())
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None
+    return re.sub(r"[._]", "-", match[0].lower())
 
 
 def direct(extra: str) -> set[str]:

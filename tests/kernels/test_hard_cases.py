@@ -340,6 +340,26 @@ def test_slots_that_the_student_cannot_say(divergence, tail):
             assert_close(a, t, 1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "hellinger", "skew_reverse_kl"])
+def test_a_dense_loss_of_tokens_that_the_student_cannot_say(divergence):
+    """In PyTorch: q log q is 0 where log q is −∞."""
+    c = case(torch.float32, N=3, V=20)
+    bias = torch.zeros(20)
+    bias[:4] = -torch.inf
+    results = []
+    for dtype, of_bias in ((torch.float32, bias), (torch.float64, bias.clamp(min=-200))):
+        x, w = leaves(c.hidden, c.weight, dtype=dtype)
+        torch.manual_seed(0)
+        teacher = torch.randn(3, 8).to(dtype), torch.randn(20, 8).to(dtype)
+        loss = fd.linear_distill_loss(
+            x, w, *teacher, bias=of_bias.to(dtype), divergence=divergence, impl="torch"
+        )
+        loss.backward()
+        results.append((loss, x.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-4)
+
+
 def test_the_gradient_of_nla_where_most_mass_is_shared():
     """α > ½: the gradient has no part ½q, which is 0 only after it is summed."""
     x = torch.tensor([[1.0, 0.0]])
