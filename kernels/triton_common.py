@@ -27,9 +27,11 @@ import triton
 import triton.language as tl
 
 from .token_loss import ABSENT as _ABSENT
+from .token_loss import LEAST_LOG_Q as _LEAST_LOG_Q
 from .token_loss import NEG as _NEG
 
 NEG = tl.constexpr(_NEG)
+LEAST_LOG_Q = tl.constexpr(_LEAST_LOG_Q)
 ABSENT = tl.constexpr(_ABSENT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -46,6 +48,13 @@ def shape_logits(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
         b_exp = tl.exp(-2.0 * tl.abs(b_u) / c)  # tanh |y| = (1 − e) / (1 + e): no overflow
         b_u = tl.where(b_u < 0.0, -c, c) * ((1.0 - b_exp) / (1.0 + b_exp))
     return b_u
+
+
+@triton.jit
+def log_q_of(b_u, inv_T, b_lse, m_cols):
+    """log q, finite where a bias is −∞, and 0 in other columns; a NaN stays."""
+    b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
+    return tl.where(b_lq < LEAST_LOG_Q, LEAST_LOG_Q, b_lq)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import round_to, shape_logits
+from .triton_common import log_q_of, round_to, shape_logits
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def sum_divergence(
         )
         b_t_raw = tl.load(p_t_raw + o_cols, mask=m_cols, other=0.0).to(DT)
         b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
-        b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
+        b_lq = log_q_of(b_u, inv_T, b_lse, m_cols)
         b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
         b_phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
         b_phi_sum += tl.where(m_cols, b_phi, 0.0)
@@ -177,7 +177,7 @@ def grad_divergence(
         else:
             b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
             b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
-            b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
+            b_lq = log_q_of(b_u, inv_T, b_lse, m_cols)
             _phi, b_psi = PHI(b_lp, b_lq, w, rest, log_w, log_rest)
         b_q = tl.exp(tl.where(m_cols, b_u * inv_T - b_lse, 0.0))
         b_dz = (b_on_D * b_psi - b_on_q * b_q) * inv_T

@@ -286,7 +286,7 @@ def _bad_from(call: int, lie: Callable[[Any], Any], teacher: Any) -> Any:
     left, inside = [call], [False]
     for name in ("topk", "topk_at"):  # the first calls the second
 
-        def asked(*args: Any, honest: Any = getattr(teacher, name), **options: Any) -> Any:  # noqa: B008
+        def wrapped(*args: Any, honest: Any = getattr(teacher, name), **options: Any) -> Any:  # noqa: B008
             outermost, inside[0] = not inside[0], True
             try:
                 answer = honest(*args, **options)
@@ -297,7 +297,7 @@ def _bad_from(call: int, lie: Callable[[Any], Any], teacher: Any) -> Any:
                 return answer
             return [lie(a) for a in answer] if isinstance(answer, list) else lie(answer)
 
-        setattr(teacher, name, asked)
+        setattr(teacher, name, wrapped)
     return teacher
 
 
