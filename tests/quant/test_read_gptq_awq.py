@@ -216,6 +216,7 @@ def test_other_tensors_come_as_stored(tmp_path):
         (GPTQ | {"bits": 3}, "bits: expected 4 or 8, got 3"),
         (GPTQ | {"bits": "4"}, "bits: expected an integer, got '4'"),
         (GPTQ | {"group_size": 0}, "group_size: expected a positive number or -1, got 0"),
+        (GPTQ | {"group_size": 1 << 70}, "group_size: expected a positive number or -1, got 118"),
         (GPTQ | {"group_size": None}, "group_size: expected an integer, got None"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format.*'marlin'.*GPTQModel"),
         ({"quant_method": "gptq"}, "expected an entry 'bits'"),

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ...runtime.checks import fail
 from ..schemes import Int8Weight, Lut4Weight, table
-from .tensor_files import Expanded, TensorFiles, Thunk, integer, reading, with_plain
+from .tensor_files import LARGEST, Expanded, TensorFiles, Thunk, integer, reading, with_plain
 from .without_data import in_full, int8, lut4
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -67,7 +67,7 @@ def bits_and_group(settings: dict[str, Any], widths: tuple[int, ...]) -> tuple[i
         expected = " or ".join(map(str, widths))
         fail("bits", expected, bits, "use a checkpoint of that width, or the unquantized one")
     group = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
-    if group < 1 and group != -1:
+    if group != -1 and not 1 <= group <= LARGEST:
         fail("group_size", "a positive number or -1", group)
     return bits, group
 

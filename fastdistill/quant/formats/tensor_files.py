@@ -35,7 +35,7 @@ Thunk = Callable[[], Tensor | QuantWeight | Expanded]  # reads one weight when c
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "index and shards are of different versions: download both again"
-_LARGEST = 1 << 40  # of sizes that are stored as numbers
+LARGEST = 1 << 40  # of sizes that are stored as numbers
 # Errors that damaged bytes may raise: RuntimeError from torch, TypeError from unexpected JSON.
 # A MemoryError passes through, since the checks here bound allocations.
 _DAMAGE = (
@@ -123,14 +123,14 @@ def shape_of(values: dict[str, Any]) -> tuple[int, int]:
     """Return values["shape"] of a non-empty matrix. Call it inside `reading`."""
     shape = values["shape"]
     is_pair = isinstance(shape, list) and len(shape) == 2
-    if not is_pair or not all(type(n) is int and 0 < n < _LARGEST for n in shape):
+    if not is_pair or not all(type(n) is int and 0 < n < LARGEST for n in shape):
         checks.fail("shape", "two positive integers [N, K]", repr(shape))
     return shape[0], shape[1]
 
 
 def block_of(values: dict[str, Any], key: str) -> int:
     """Return values[key], the size of a block. Call it inside `reading`."""
-    return integer(values, key, 1, _LARGEST)
+    return integer(values, key, 1, LARGEST)
 
 
 def check_not_pickle(file: Path) -> None:
