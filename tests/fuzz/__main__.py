@@ -43,13 +43,13 @@ def main() -> int:
         oracle.bound_memory()
         if options.coverage:
             _guided(campaign, name, options)
-        end, shown = time.monotonic() + options.seconds, [0.0]
+        end, written_at = time.monotonic() + options.seconds, [0.0]
 
-        def stop(end=end, shown=shown, campaign=campaign, name=name) -> bool:
+        def stop(end=end, written_at=written_at, campaign=campaign, name=name) -> bool:
             now = time.monotonic()
-            if options.out is not None and now > shown[0] + 30:
+            if options.out is not None and now > written_at[0] + 30:
                 _show(name, campaign, options.out)
-                shown[0] = now
+                written_at[0] = now
             return now > end
 
         campaign.run(options.inputs, options.seed, stop)
