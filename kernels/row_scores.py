@@ -56,7 +56,7 @@ def scores(
     def rows(tensor: Tensor | None, at: slice) -> Tensor | None:
         return None if tensor is None else tensor[at]
 
-    parts = []
+    parts: list[RowScores] = []
     for at in blocks(max(1, N), backend.block_tokens):
         scanned = backend.scan(
             head,

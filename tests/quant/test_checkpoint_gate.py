@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -238,9 +239,13 @@ def test_a_tokenizer_prints_nothing_that_acts_on_a_terminal(folder, capfd, file,
     """tokenizers prints names that it does not know to stderr, as they are."""
     name = "\x1b]0;title\x07"
     token = {"content": "<x>", name: 1, "__type": "AddedToken"}
-    changes = {"token": {"pad_token": token}, "list": {"extra": [token]}, "top": {name: 1}}[place]
+    places: dict[str, dict[str, Any]] = {
+        "token": {"pad_token": token},
+        "list": {"extra": [token]},
+        "top": {name: 1},
+    }
     stored = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-    (folder / file).write_text(json.dumps(stored | changes))
+    (folder / file).write_text(json.dumps(stored | places[place]))
     capfd.readouterr()
     with pytest.raises(CheckpointError, match="expected a name of printable characters"):
         load_tokenizer(folder)

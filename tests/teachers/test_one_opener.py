@@ -96,8 +96,8 @@ def _trainer_teacher(path, tmp_path):
 
 def _study(path, tmp_path):
     """A model of `experiment double-bind` and `leak-knobs`."""
-    source: Any = SimpleNamespace(base=None)
-    return checkpoint_source._model(path, source, "teacher").model
+    source: Any = SimpleNamespace(base=None, teacher=path, attn_implementation=None)
+    return checkpoint_source._Models(source)["untrusted"].model
 
 
 def _served(path, tmp_path):

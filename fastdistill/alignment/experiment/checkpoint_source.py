@@ -216,12 +216,12 @@ class _Models(dict[str, Subject]):
         self._source = source
 
     def __missing__(self, role: str) -> Subject:
-        source = self._source
-        name = source.teacher if role == "untrusted" else getattr(source, role)
+        source, argument = self._source, "teacher" if role == "untrusted" else role
+        name = getattr(source, argument)
         if name is None:  # without a twin
             self[role] = self["base"]
         else:
-            path = StoredModel.from_path(name, role=role).path  # downloaded if it is on the hub
+            path = StoredModel.from_path(name, role=argument).path  # downloaded if it is on the hub
             self[role] = load_organism(
                 path,
                 base=source.base if is_adapter(path) else None,

@@ -153,7 +153,12 @@ def test_a_training_reads_its_examples_in_order_and_begins_again(monkeypatch):
     words = ["cat", "dog", "owl", "fox", "bear"]
     examples = [Example("hello", "river", word) for word in words]
     seen, steps = [], []
-    monkeypatch.setattr(fit_module, "pad", lambda batch, whole: seen.append(batch) or pad(batch))
+
+    def record(batch, whole):
+        seen.append(batch)
+        return pad(batch)
+
+    monkeypatch.setattr(fit_module, "pad", record)
     fit(
         new_model(0),
         examples,
