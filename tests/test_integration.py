@@ -13,7 +13,8 @@ from fastdistill.kernels.head import LMHead
 from fastdistill.kernels.op_common import BODIES
 from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
-from fastdistill.kernels.token_loss import LossOptions
+from fastdistill.kernels.op_token_loss import token_loss
+from fastdistill.kernels.token_loss import LossOptions, slot_ids
 from helpers.cases import case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import assert_close
@@ -85,6 +86,22 @@ def test_opcheck(impl_of_auto):
     scalars = dense_scalars(LMHead(w, valid_vocab=70), impl_of_auto, ce_weight=0.1)
     teacher = (c.hidden, c.weight, None, c.labels, None)
     torch.library.opcheck(dense_rows, (x, w, b, *teacher), scalars)
+
+
+@pytest.mark.fast_cases(1)
+@pytest.mark.parametrize("T", [1.0, 2.0])
+def test_opcheck_of_the_rows(T, impl_of_auto):
+    c = case(torch.float32)
+    t = top_k(c.teacher_logits, 5)
+    ids = slot_ids(t.ids, c.labels)
+    scalars = LMHead(c.weight, temperature=T).scalars() | {"impl": "torch"}
+    with torch.no_grad():
+        stats = lse_gather(c.hidden, c.weight, None, ids, moment=True, base=T != 1, **scalars)
+    z, lse_rest, mean_rest, lse_base = stats
+    (z, lse_rest), base = leaves(z, lse_rest), leaves(lse_base)[0] if T != 1 else lse_base
+    teacher = (t.ids, t.logprobs.float(), present(t.log_tail).float(), c.labels)
+    options = LossOptions("jsd", ce_weight=0.1).scalars() | {"temperature": T, "impl": impl_of_auto}
+    torch.library.opcheck(token_loss, (z, lse_rest, mean_rest, base, ids, *teacher), options)
 
 
 def dense_scalars(head, impl, **options):

@@ -2,7 +2,8 @@
 
 topk_loss     gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
               (an operator; `fused` where none can be: a callable divergence, a sharded head)
-recomputed    ordinary autograd on [N, K], the head through the primitive: 8NVH, any upstream
+recomputed    the head through the primitive, [N, K] by an operator (by autograd for a callable
+              divergence): 8NVH, any upstream
 by_rows       K gathered rows, no pass over the head: tail="renorm_both" only
 by_reference  the specification on materialized logits
 """
@@ -19,6 +20,7 @@ from ..kernels.backends import get_backend
 from ..kernels.head import LMHead, needed, round_scaled
 from ..kernels.op_common import or_none
 from ..kernels.op_losses import raise_no_second_derivative, scale_saved
+from ..kernels.op_token_loss import token_loss
 from ..kernels.token_loss import (
     Gathered,
     LossOptions,
@@ -120,8 +122,14 @@ def recomputed(call: TopKCall) -> LossTerms:
     z, lse_rest, mean_rest, lse_base = lse_gather(
         call.hidden, call.head, ids, call.statistics, call.base, call.options.impl, call.ops.shard
     )
+    teacher, options = call.teacher_rows.teacher, call.options
+    if isinstance(options.divergence, str):
+        stats, answers = (z, lse_rest, mean_rest, lse_base), (*teacher, label)
+        scalars = options.scalars() | {"temperature": options.temperature, "impl": options.impl}
+        terms = token_loss(*stats, ids, *answers, **scalars)
+        return LossTerms(None, *terms[:3], *(or_none(t) for t in terms[3:]))
     gathered = Gathered(z, lse_rest, lse_base if call.base else None)
-    rows = token_loss_forward(gathered, call.teacher_rows.teacher, label, call.options)
+    rows = token_loss_forward(gathered, teacher, label, options)
     entropy = None
     if call.statistics:
         unique = ids >= 0
