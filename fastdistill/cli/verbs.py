@@ -139,13 +139,12 @@ class DoubleBind(Experiment):
     """Which distillation strategies keep an untrusted teacher's capability but not its trait?
 
     Runs on a synthetic world, on checkpoints (teacher, base, pool, probes and capability), or on
-    pairs of them: JSON lines with base, untrusted, benign, probes, and optionally placebo, pool and
-    capability. Only pairs give intervals and verdicts. Re-run the same command to resume; machines
+    pairs of them, which alone give intervals and verdicts: JSON lines with base, untrusted, benign,
+    probes, and optionally placebo, pool and capability. Re-run the same command to resume; machines
     that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed,
-    runs (the folder of another study with the same base seeds, to share its models and runs) and,
-    for checkpoints, steps, batch_size, learning_rate, answer_tokens (of the teacher),
-    eliciting (an instruction that asks for the trait), near_misses (similar instructions),
-    max_new_tokens (of a measurement) and attn_implementation (of transformers).
+    runs (folder of another study, whose models and runs it shares) and, for checkpoints, steps,
+    batch_size, learning_rate, answer_tokens, eliciting (asks for the trait), near_misses,
+    max_new_tokens and attn_implementation.
     """
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
@@ -155,9 +154,9 @@ class DoubleBind(Experiment):
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
-    pool: Annotated[Path | None, "Rows with prompt, domain and kind, as for train --data."] = None
+    pool: Annotated[Path | None, "Rows with prompt, domain and kind."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
-    capability: Annotated[Path | None, "Rows with prompt and answer, as for train --data."] = None
+    capability: Annotated[Path | None, "Rows with prompt and answer."] = None
     text: Annotated[Path | None, "Rows with held-out text, for a gate."] = None
     student: Annotated[str, "full, or lora:RANK (an adapter)."] = "full"
     eliciting: str = ""

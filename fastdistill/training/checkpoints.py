@@ -196,7 +196,9 @@ def _finished(folder: Path) -> dict[str, Any]:
     """Return the content of finished.json; raise ValueError if `mark_complete` did not write it."""
     record: dict[str, Any] = read_json(folder / FINISHED, dict)
     is_sound = has_shape(record, {"files": {str: int}, "sha256?": {str: str}})
-    if not is_sound or not record.get("sha256", {}).keys() <= record["files"].keys():
+    names = [Path(name) for name in record["files"]] if is_sound else []
+    inside = not any(name.is_absolute() or ".." in name.parts for name in names)
+    if not (is_sound and inside) or not record.get("sha256", {}).keys() <= record["files"].keys():
         raise ValueError(f"{FINISHED}: expected the sizes of files, and their digests")
     return record
 

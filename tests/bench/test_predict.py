@@ -111,8 +111,8 @@ BOUNDS = [
     ("topk_loss", "triton fused", SHORT, Bounds(6, 11, 34, 1.31, 1.45)),
     ("topk_nla", "triton fused", MAIN, Bounds(12, 19, 42, 1.11, 1.2)),
     ("topk_lk_hybrid", "triton fused", MAIN, Bounds(12, 19, 42, 1.11, 1.2)),
-    ("topk_loss", "triton recompute", MAIN, Bounds(317, 196, 20, 1.16, 1.25)),
-    ("topk_loss", "triton recompute", SHORT, Bounds(32, 21, 20, 1.35, 1.35)),
+    ("topk_loss", "triton recompute", MAIN, Bounds(317, 196, 20, 1.15, 1.25)),
+    ("topk_loss", "triton recompute", SHORT, Bounds(32, 21, 20, 1.25, 1.25)),
     pytest.param(
         "topk_loss",
         "triton recompute",
