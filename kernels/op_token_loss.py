@@ -1,10 +1,10 @@
-"""torch.library operators of the row mathematics alone, from logits that are computed elsewhere.
+"""torch.library operator of the row mathematics alone, from logits that are computed elsewhere.
 
-    fastdistill::token_loss           ℓ [N] of a named divergence, and its statistics
-    fastdistill::token_loss_backward  d(Σ coef · ℓ) / d(z, lse_rest, lse_base)  (token_loss.py)
+    fastdistill::token_loss   ℓ [N] of a named divergence, its statistics, and
+                              dℓ / d(z, lse_rest, lse_base)                (token_loss.py)
 
-The backward pass of the first calls the second with coef = the upstream gradient of ℓ. The
-statistics carry no gradient.
+The backward pass multiplies these derivatives by the upstream gradient of ℓ. The statistics carry
+no gradient.
 """
 
 from __future__ import annotations
@@ -17,78 +17,62 @@ from torch import Tensor
 from .backends import get_backend
 from .head import LMHead, Stats
 from .op_common import LOSS, define_operator, library, or_empty, or_none
-from .token_loss import LossOptions, RowLosses, TeacherTopK
-
-_ROWS = (
-    "Tensor z, Tensor lse_rest, Tensor mean_rest, Tensor lse_base, Tensor ids, "
-    "Tensor teacher_ids, Tensor teacher_lp, Tensor teacher_log_tail, Tensor? labels"
-)
-_SCALARS = f"{LOSS}, float temperature, str impl"
+from .token_loss import LossOptions, TeacherTopK
 
 
-def _rows(rows: tuple[Any, ...], coef: Tensor, scalars: dict[str, Any], *, grad: bool) -> RowLosses:
-    """Return the losses of the rows, which are the tensors of _ROWS."""
-    z, lse_rest, mean_rest, lse_base, ids, teacher_ids, lp, log_tail, labels = rows
+def _token_loss(
+    z: Tensor,
+    lse_rest: Tensor,
+    mean_rest: Tensor,
+    lse_base: Tensor,
+    ids: Tensor,
+    teacher_ids: Tensor,
+    teacher_lp: Tensor,
+    teacher_log_tail: Tensor,
+    labels: Tensor | None,
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
     T = scalars["temperature"]
-    as_z = LMHead(z, logit_scale=T, temperature=T)  # slots have gradients of z, not of W x
-    result: RowLosses = get_backend(scalars["impl"]).token_loss(
-        as_z,
+    out = get_backend(scalars["impl"]).token_loss(
+        LMHead(z, logit_scale=T, temperature=T),  # slots have gradients of z, not of W x
         ids,
         Stats(z, lse_rest, or_none(mean_rest), or_none(lse_base)),
-        TeacherTopK(teacher_ids, lp, log_tail),
+        TeacherTopK(teacher_ids, teacher_lp, teacher_log_tail),
         labels,
-        coef,
+        torch.ones_like(lse_rest),
         LossOptions.of(scalars),
-        grad=grad,
+        grad=scalars["grad"],
     )
-    return result
-
-
-def _token_loss(*rows: Any, **scalars: Any) -> tuple[Tensor, ...]:
-    lse_rest = rows[1]
-    out = _rows(rows, lse_rest, scalars, grad=False)
-    divergence = out.rows.divergence
-    if divergence.data_ptr() == out.rows.per_token.data_ptr():
-        divergence = divergence.clone()  # an operator's outputs may not share memory
-    terms = (*out.rows._replace(divergence=divergence), out.entropy)
-    return tuple(or_empty(t, lse_rest) for t in terms)
+    rows, grads = out.rows, out.grads
+    if rows.divergence.data_ptr() == rows.per_token.data_ptr():
+        # An operator's outputs may not share memory.
+        rows = rows._replace(divergence=rows.divergence.clone())
+    on_inputs = (None,) * 3 if grads is None else (grads.z_ids, grads.lse_rest, grads.lse_base)
+    return tuple(or_empty(t, lse_rest) for t in (*rows, out.entropy, *on_inputs))
 
 
 def _fake_token_loss(
     z: Tensor, lse_rest: Tensor, mean_rest: Tensor, lse_base: Tensor, *others: Any, **scalars: Any
 ) -> tuple[Tensor, ...]:
-    has_lse = scalars["temperature"] == 1.0 or lse_base.shape[0] > 0
+    at_base, grad = lse_base.shape[0] > 0, scalars["grad"]
+    has_lse = scalars["temperature"] == 1.0 or at_base
+    on_base = grad and at_base and LossOptions.of(scalars).needs_base
     has = (True, True, True, has_lse, has_lse and others[-1] is not None, mean_rest.shape[0] > 0)
-    return tuple(torch.empty_like(lse_rest) if h else lse_rest.new_empty(0) for h in has)
+    rows = (
+        torch.empty_like(lse_rest) if h else lse_rest.new_empty(0) for h in (*has, grad, on_base)
+    )
+    *terms, g_rest, g_base = rows
+    return *terms, torch.empty_like(z) if grad else z.new_empty(0), g_rest, g_base
 
 
 token_loss = define_operator(
-    f"token_loss({_ROWS}, *, {_SCALARS}) -> (Tensor per_token, Tensor divergence, "
-    "Tensor student_mass, Tensor lse, Tensor nll, Tensor entropy)",
+    "token_loss(Tensor z, Tensor lse_rest, Tensor mean_rest, Tensor lse_base, Tensor ids, "
+    "Tensor teacher_ids, Tensor teacher_lp, Tensor teacher_log_tail, Tensor? labels, *, "
+    f"{LOSS}, float temperature, bool grad, str impl) -> (Tensor per_token, Tensor divergence, "
+    "Tensor student_mass, Tensor lse, Tensor nll, Tensor entropy, Tensor g_z, Tensor g_rest, "
+    "Tensor g_base)",
     _token_loss,
     _fake_token_loss,
-)
-
-
-def _token_loss_backward(*operands: Any, **scalars: Any) -> tuple[Tensor, ...]:
-    *rows, coef = operands
-    grads = _rows(tuple(rows), coef, scalars, grad=True).grads
-    assert grads is not None
-    on_base = torch.zeros_like(rows[3]) if grads.lse_base is None else grads.lse_base
-    return grads.z_ids, grads.lse_rest, on_base
-
-
-def _fake_token_loss_backward(
-    z: Tensor, lse_rest: Tensor, mean_rest: Tensor, lse_base: Tensor, *others: Any, **scalars: Any
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(z), torch.empty_like(lse_rest), torch.empty_like(lse_base)
-
-
-token_loss_backward = define_operator(
-    f"token_loss_backward({_ROWS}, Tensor coef, *, {_SCALARS}) -> "
-    "(Tensor g_z, Tensor g_rest, Tensor g_base)",
-    _token_loss_backward,
-    _fake_token_loss_backward,
 )
 
 
@@ -96,15 +80,15 @@ def _save(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-    ctx.scalars = keyword_only_inputs
+    ctx.save_for_backward(*output[-3:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *others: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    g_z, g_rest, g_base = token_loss_backward(*ctx.saved_tensors, grad.contiguous(), **ctx.scalars)
-    return g_z, g_rest, None, g_base, *[None] * 5
+    g_z, g_rest, g_base = ctx.saved_tensors
+    on_base = grad * g_base if g_base.numel() else None
+    return g_z * grad.unsqueeze(-1), grad * g_rest, None, on_base, *[None] * 5
 
 
 torch.library.register_autograd(token_loss, _backward, setup_context=_save, lib=library)

@@ -101,7 +101,10 @@ def test_opcheck_of_the_rows(T, impl_of_auto):
     (z, lse_rest), base = leaves(z, lse_rest), leaves(lse_base)[0] if T != 1 else lse_base
     teacher = (t.ids, t.logprobs.float(), present(t.log_tail).float(), c.labels)
     options = LossOptions("jsd", ce_weight=0.1).scalars() | {"temperature": T, "impl": impl_of_auto}
-    torch.library.opcheck(token_loss, (z, lse_rest, mean_rest, base, ids, *teacher), options)
+    args = (z, lse_rest, mean_rest, base, ids, *teacher)
+    for grad in (False, True):
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(token_loss, args, options | {"grad": grad}, test_utils=tests)
 
 
 def dense_scalars(head, impl, **options):

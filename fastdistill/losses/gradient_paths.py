@@ -126,8 +126,9 @@ def recomputed(call: TopKCall) -> LossTerms:
     if isinstance(options.divergence, str):
         stats, answers = (z, lse_rest, mean_rest, lse_base), (*teacher, label)
         scalars = options.scalars() | {"temperature": options.temperature, "impl": options.impl}
-        terms = token_loss(*stats, ids, *answers, **scalars)
-        return LossTerms(None, *terms[:3], *(or_none(t) for t in terms[3:]))
+        grad = torch.is_grad_enabled() and z.requires_grad
+        terms = token_loss(*stats, ids, *answers, grad=grad, **scalars)
+        return LossTerms(None, *terms[:3], *(or_none(t) for t in terms[3:6]))
     gathered = Gathered(z, lse_rest, lse_base if call.base else None)
     rows = token_loss_forward(gathered, teacher, label, options)
     entropy = None
