@@ -50,7 +50,7 @@ def test_readers_survive_a_short_run(name, oracle):
 def test_readers_survive_a_long_run(name, oracle):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    count = 40 * (1 if name in ("gguf smollm2", "run report") else SHORT.get(name, 100))
+    count = 10 * (1 if name in ("gguf smollm2", "run report") else SHORT.get(name, 100))
     assert failures(TARGETS[name], oracle, count, seed=1) == []
 
 
