@@ -1,4 +1,4 @@
-"""The training of organisms and students: DistillTrainer with a cosine schedule."""
+"""The training of students and language organisms: DistillTrainer with a cosine schedule."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The training of organisms: cross-entropy on answers in a plain loop, for models of 0.1 million
-parameters, which `DistillTrainer` would spend more time around than in."""
+"""The training of organisms of the world: cross-entropy on answers, in a plain loop.
+
+These models have 0.1 million parameters. A step of `DistillTrainer` takes longer around the model
+than in it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from ..training_loop import lora
 from .vocabulary import ID, PAD
 from .world import Example
 
-WARMUP, MAX_NORM = 50, 1.0  # steps of it, at most a quarter of all; of the gradient
+WARMUP = 50  # steps, at most a quarter of all
+MAX_NORM = 1.0  # of the gradient
 
 AfterStep = Callable[[int, Any], None]  # called with the number of steps done and the model
 
