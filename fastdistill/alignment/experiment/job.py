@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ..audits.subject import Subject
@@ -20,7 +21,7 @@ from .cached_run import CachedRun
 from .source import LoadedSource, Source
 from .stored_answers import StoredAnswers, StoredTopK
 
-FORMAT = 1  # of a run's file; increase it when a run computes something else
+FORMAT = 2  # of a run's file; increase it when a run computes something else
 SOURCES = "sources"
 
 
@@ -32,7 +33,7 @@ class Job(CachedRun):
         source: of models and prompts.
         role: of the teacher: untrusted, benign, placebo, or base for M→M.
         strategies, training, pool: the distillation.
-        student_seed: for answers, data order and random strategies.
+        student_seed: for answers, data order and random strategies, together with the base seed.
         init_role: role of the model from which the student starts. noise: see Arm.
         checkpoints: number of evaluations during training, the end included.
         audits: names of the audits of the final student.
@@ -77,14 +78,24 @@ class Job(CachedRun):
             "gate": {name: list(values) for name, values in self.gate.items()},
         }
 
+    @property
+    def random_seed(self) -> int:
+        """The seed of the run: that of its twin, and independent of those of other base seeds.
+
+        Base seeds are the units of a study. With one seed for all, whatever that seed does to a
+        student would not average out over them.
+        """
+        seeds = np.random.SeedSequence([self.source.base_seed, self.student_seed])
+        return int(seeds.generate_state(1)[0])
+
     def compute(self, folder: Path) -> dict[str, Any]:
         """Distill the student and evaluate it."""
         loaded = load(self.source, folder / SOURCES)
         cache = self.source.cache(folder / SOURCES)
-        base = loaded.models[self.init_role]
+        base, seed = loaded.models[self.init_role], self.random_seed
         setup = replace(
             loaded.setup(self.role, self.pool),
-            base=perturbed(base, self.noise, self.student_seed) if self.noise else base,
+            base=perturbed(base, self.noise, seed) if self.noise else base,
             trusted=loaded.models["base"],
             generate=StoredAnswers(
                 teacher=loaded.models[self.role], folder=cache / "answers" / self.role
@@ -97,7 +108,7 @@ class Job(CachedRun):
             setup,
             self.strategies,
             self.training,
-            seed=self.student_seed,
+            seed=seed,
             measure=loaded.read,
             measure_at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )

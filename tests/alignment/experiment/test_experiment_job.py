@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.experiment import job
 from fastdistill.alignment.experiment.digest import digest_of, read_record, write_record
 from fastdistill.alignment.experiment.job import SOURCES, Job
 from fastdistill.alignment.experiment.stored_answers import StoredAnswers
@@ -153,3 +154,29 @@ def test_a_number_that_is_not_finite_costs_no_run(tmp_path):
 def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
     assert digest_of({"a": 1, "b": 2}) != digest_of({"a": 2, "b": 1})
+
+
+def test_students_of_a_base_seed_share_chance_and_others_do_not():
+    seeds = {
+        (base_seed, student_seed): replace(
+            JOB, source=SmallSource(seed=base_seed), student_seed=student_seed
+        ).random_seed
+        for base_seed in range(50)
+        for student_seed in (0, 1, 1000, 1001)
+    }
+    assert len(set(seeds.values())) == len(seeds)
+    assert replace(JOB, role="benign").random_seed == JOB.random_seed
+
+
+def test_a_run_uses_the_seed_of_its_base_seed(tmp_path, monkeypatch):
+    used = []
+
+    def stop(*args, seed, **options):
+        used.append(seed)
+        raise InterruptedError
+
+    monkeypatch.setattr(job, "distill", stop)
+    for base_seed in (1, 2):
+        with pytest.raises(InterruptedError):
+            replace(JOB, source=SmallSource(seed=base_seed)).compute(tmp_path)
+    assert len(set(used)) == 2
