@@ -64,7 +64,6 @@ class Oracle:
         self._code = tuple({os.path.realpath(path) + os.sep for path in code if path})
         self._escaped: str | None = None
         self._active = False
-        self._peak = 0
         self.slowest = 0.0
         self.error: BaseException | None = None  # of the last reader
         sys.addaudithook(self._audit)  # for ever: there is no way to remove it
@@ -80,7 +79,8 @@ class Oracle:
     def check(self, read: Callable[[], Any]) -> tuple[str, Failure | None]:
         """Return ("read" or the class of the error, the failure or None)."""
         self._escaped, start = None, time.process_time()
-        self._peak = self._peak or _peak_memory()
+        _reset_peak_memory()
+        memory = _peak_memory()
         error: BaseException | None = None
         printed = io.StringIO()
         with warnings.catch_warnings(), _captured(printed):
@@ -101,9 +101,8 @@ class Oracle:
         seconds, peak = time.process_time() - start, _peak_memory()
         self.slowest = max(self.slowest, seconds)
         outcome = "read" if error is None else type(error).__name__
-        grown, self._peak = peak - self._peak, max(peak, self._peak)
-        if grown > MEMORY:
-            return outcome, Failure("memory", _place(error), f"{grown >> 20} MiB more")
+        if peak - memory > MEMORY:
+            return outcome, Failure("memory", _place(error), f"{(peak - memory) >> 20} MiB more")
         if seconds > SECONDS:
             return outcome, Failure("slow", _place(error), f"{seconds:.1f} s")
         if self._escaped is not None:
@@ -175,7 +174,14 @@ def _place(error: BaseException | None) -> str:
 
 
 def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The peak of resident memory in bytes since it was last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _reset_peak_memory() -> None:
+    """Without this, a process that once held much memory would hide what a reader uses."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager
