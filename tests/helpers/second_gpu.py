@@ -244,7 +244,7 @@ def _results_by_edge(node: Any, slots: dict[int, Tensor]) -> Iterable[tuple[Any,
     results = getattr(node, "apply", node)(*upstream)
     results = results if isinstance(results, tuple) else (results,)
     edges = node.next_functions
-    if in_python:  # it returns None for inputs that are no tensors, too
+    if in_python:  # it returns a result for inputs that are no tensors, too, and they have no edge
         edges = [edge for edge in edges if edge[0] is not None]
-        results = [result for result in results if result is not None]
+        results = [r for r, needed in zip(results, node.needs_input_grad, strict=True) if needed]
     return zip(edges, results, strict=True)
