@@ -81,10 +81,10 @@ def demo(
         "fastdistill-demo"
     ),
     model: Annotated[
-        str | None, typer.Option(help="smollm2: a language model of 135M, with its package.")
+        str | None, typer.Option(help="smollm2: SmolLM2-135M-Instruct as the teacher.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Text file or folder; trains a teacher on it.")
+        Path | None, typer.Option(help="Text file or folder to train a teacher on.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Number of random seeds. [3; smollm2: 2]")

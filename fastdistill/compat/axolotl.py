@@ -11,7 +11,9 @@ from ..losses.types import TopK
 
 
 class TopKLogprobLoss(nn.Module):
-    """Axolotl's LigerFusedLinearKLTopKLogprobLoss, with its arguments; a sum over positions.
+    """Replaces axolotl's LigerFusedLinearKLTopKLogprobLoss, with the same arguments.
+
+    Returns a sum over positions:
 
         weight_soft_loss · T² · Σ D(p, q) + weight_hard_loss · Σ CE(label), labels shifted by one
 

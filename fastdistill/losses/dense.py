@@ -70,7 +70,7 @@ def linear_distill_loss(
     impl: str = "auto",
     backward: str = "auto",
 ) -> Tensor:
-    """Distill a dense teacher, given by its hidden states and LM head, without [N, V] logits.
+    """Return the loss against a teacher's hidden states and LM head, without [N, V] logits.
 
         ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 

@@ -114,7 +114,7 @@ def linear_topk(
     valid_vocab: int | None = None,
     impl: str = "auto",
 ) -> TopK:
-    """The k most probable tokens of softmax(z), their log-probabilities and the exact log tail.
+    """Return the k most probable tokens of softmax(z), their logprobs and the exact log tail.
 
     z as in `linear_lse_gather`. No [N, V] tensor, no gradient.
 

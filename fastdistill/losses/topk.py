@@ -116,9 +116,10 @@ def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable
 
 @_takes(topk_arguments)
 def topk_distill_loss(*args: Any, **options: Any) -> Tensor:
-    """The loss of `topk_distill`, without its other statistics.
+    """Return the distillation loss on a teacher's K tokens per position, without [N, V] logits.
 
-    Same arguments and errors. Returns a scalar, or [...] for reduction="none".
+    Equation, arguments and errors are those of `topk_distill`. Returns a scalar, or [...] for
+    reduction="none".
 
     Example:
         >>> hidden = torch.randn(5, 16, requires_grad=True)
@@ -131,7 +132,7 @@ def topk_distill_loss(*args: Any, **options: Any) -> Tensor:
 
 @_takes(topk_arguments)
 def topk_distill(*args: Any, **options: Any) -> DistillOutput:
-    """Distill a teacher known on K tokens per position into hidden states and an LM head.
+    """Return the distillation loss on a teacher's K tokens per position, with its statistics.
 
         ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 

@@ -12,7 +12,7 @@ TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding error in fp32, not mas
 
 
 class TopK(NamedTuple):
-    """A teacher known on K tokens per position.
+    """A teacher's log-probabilities of K tokens per position, and the log of the remaining mass.
 
     Args:
         ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. In a loss,
@@ -31,22 +31,22 @@ class TopK(NamedTuple):
     temperature: float = 1.0
 
     def to(self, device: torch.device | str) -> TopK:
-        """The same answers on another device."""
+        """Return the answers on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def at(self, index: Any) -> TopK:
-        """The answers at these positions: an index, slice or mask of the leading dimensions."""
+        """Return the answers at an index, slice or mask of the leading dimensions."""
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TopK:
-        """The answers with `change` applied to ids, logprobs and log_tail."""
+        """Return the answers with `change` applied to ids, logprobs and log_tail."""
         tail = None if self.log_tail is None else change(self.log_tail)
         return TopK(change(self.ids), change(self.logprobs), tail, self.temperature)
 
     def tail(self) -> Tensor:
-        """The log of the mass outside `ids`, [...].
+        """Return the log of the mass outside `ids`, [...].
 
-        log_tail, or where it is None log max(1 − Σ exp logprobs, 2⁻²⁴), computed in fp64
+        log_tail, or if it is None log max(1 − Σ exp logprobs, 2⁻²⁴), computed in fp64
         """
         if self.log_tail is not None:
             return self.log_tail
@@ -63,7 +63,7 @@ class TopK(NamedTuple):
         device: torch.device | str = "cpu",
         id_dtype: torch.dtype = torch.int64,
     ) -> TopK:
-        """Empty answers: ids −1 [*shape], logprobs −inf, and all mass in the tail."""
+        """Return empty answers: ids −1 [*shape], logprobs −inf, and all mass in the tail."""
         return cls(
             torch.full(shape, -1, dtype=id_dtype, device=device),
             torch.full(shape, -torch.inf, dtype=dtype, device=device),
@@ -83,13 +83,13 @@ class TopK(NamedTuple):
             target.index_copy_(0, at, answer.to(target))
 
     def flatten(self) -> TopK:
-        """The same answers as [N, K], in the order of their positions."""
+        """Return the answers as [N, K], in the order of their positions."""
         tail = None if self.log_tail is None else self.log_tail.flatten()
         ids, logprobs = (x.reshape(-1, x.shape[-1]) for x in (self.ids, self.logprobs))
         return TopK(ids, logprobs, tail, self.temperature)
 
     def within(self, vocab: int) -> TopK:
-        """The distribution given that the id is below `vocab`: p(id | id < vocab).
+        """Return the distribution given that the id is below `vocab`: p(id | id < vocab).
 
         Exact if all ids from `vocab` on with mass are in the answers; mass of other padding ids
         remains in the tail. Slots of ids from `vocab` on become empty.

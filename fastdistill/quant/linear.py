@@ -235,6 +235,7 @@ class Int8Linear(_QuantLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, compute: str = "auto") -> Int8Linear:
+        """Quantize a layer to 8 bits, with a scale per row."""
         return cls(quantize(linear.weight, "int8"), linear.bias, compute=compute)
 
 

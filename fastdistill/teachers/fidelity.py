@@ -34,13 +34,14 @@ RATIO_LIMIT = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class FidelityReport:
-    """KL in nats per token at T = 1 over the whole vocabulary; intervals are 95 %.
+    """The error of a quantized teacher: KL(full ‖ quantized), in nats per token.
 
-    kl: the mean of KL(full ‖ quantized). top1_agreement: share of tokens where both have the same
-    top token. The intervals resample whole sequences, since errors within one are correlated, and
-    are NaN for a single sequence; the top-1 interval contains Wilson's, since resampling shows no
-    events that did not occur. student_kl: the mean of KL(quantized teacher ‖ student); ratio =
-    kl / student_kl; None without a student. warning: advice if the ratio is above 5 %, or None.
+    At T = 1, over the whole vocabulary; intervals are 95 %. kl: the mean of KL(full ‖ quantized).
+    top1_agreement: share of tokens where both have the same top token. The intervals resample whole
+    sequences, since errors within one are correlated, and are NaN for a single sequence; the top-1
+    interval contains Wilson's, since resampling shows no events that did not occur. student_kl: the
+    mean of KL(quantized teacher ‖ student); ratio = kl / student_kl; None without a student.
+    warning: advice if the ratio is above 5 %, or None.
     """
 
     kl: float

@@ -24,7 +24,7 @@ AVERAGES = "self_teacher.safetensors"  # in a checkpoint
 
 
 class SelfTeacher(Teacher):
-    """The student as its own teacher, in evaluation mode, without a second copy of frozen weights.
+    """A teacher that reads the student's own weights, in evaluation mode.
 
         live: θ_teacher = θ      ema: θ_teacher ← decay · θ_teacher + (1 − decay) · θ per update
 
@@ -74,7 +74,7 @@ class SelfTeacher(Teacher):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the student's weights; without effect unless "ema"."""
+        """Move the averages toward the student's weights; without effect unless "ema"."""
         for name, parameter in self._trained() if self.averages else ():
             self.averages[name].lerp_(parameter, 1.0 - self.decay)
 

@@ -74,7 +74,7 @@ class Picture(NamedTuple):
 class Quantity:
     """How a metric is named, formatted and drawn.
 
-    share: in percent. falls: decreases towards 0 during training, so its axis may be logarithmic.
+    share: in percent. falls: decreases toward 0 during training, so its axis may be logarithmic.
     grounded: the axis starts at 0.
     """
 

@@ -32,9 +32,9 @@ KEY = 16  # bytes of a row's key
 
 
 class CacheError(ValueError):
-    """A teacher cache cannot be built, read or used; the message is made printable.
+    """Raised if a teacher cache cannot be built, read or used.
 
-    It names what is wrong and what to do."""
+    The printable message says what is wrong and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable_lines(message))
