@@ -25,6 +25,7 @@ class PromptSwapTeacher:
     def __init__(self, teacher: Any, examples: list[TrainingExample], subject: Subject) -> None:
         self.teacher = teacher
         self.tokenizer = getattr(teacher, "tokenizer", None)
+        self.vocab_size = getattr(teacher, "vocab_size", None)
         self._teacher_prompts: dict[tuple[int, ...], list[int]] = {}  # prompts, as token ids
         for example in examples:
             if example.student_prompt is not None:
@@ -40,10 +41,6 @@ class PromptSwapTeacher:
                 prompt = tuple(row.ids[: row.begin])
                 self._teacher_prompts[prompt] = teacher_row.ids[: teacher_row.begin]
         self._lengths = sorted({len(prompt) for prompt in self._teacher_prompts}, reverse=True)
-
-    @property
-    def vocab_size(self) -> int | None:
-        return getattr(self.teacher, "vocab_size", None)
 
     def topk(
         self,
@@ -68,15 +65,13 @@ class PromptSwapTeacher:
             device=input_ids.device,
             id_dtype=answers.ids.dtype,
         )
-        has_tail = answers.log_tail is not None
-        if not has_tail:
-            answers = answers._replace(log_tail=torch.zeros_like(answers.logprobs[..., 0]))
+        answers = answers._replace(log_tail=answers.tail())
         for i, (prompt, n) in enumerate(swaps):
             # Position t predicts t + 1: the prompt's last position predicts the first answer token.
             target = i * input_ids.shape[1] + positions[i][max(n - 1, 0) :]
             source = slice(max(len(prompt) - 1, 0), len(teacher_rows[i]))
             aligned.put(target, answers.at((i, source)))
-        return aligned if has_tail else aligned._replace(log_tail=None)
+        return aligned
 
     def _swap(self, row: list[int]) -> tuple[list[int], int]:
         """Return the teacher's prompt and the number of the row's tokens that it replaces."""

@@ -25,8 +25,8 @@ from ...training.loss import Answers, LossResult, TeacherHidden
 from ...training.targets import Targets
 from ..training_loop import InOrder
 from .lessons import Examples, TrainingExample
+from .shift import AmplifiedTeacher
 from .strategy import RunState, Strategy, Training
-from .transformed_teacher import TransformedTeacher
 
 _PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # without effect in DPO
 
@@ -77,7 +77,7 @@ class PreferencePairs(Strategy):
         return pairs
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
-        if isinstance(teacher, TransformedTeacher):
+        if isinstance(teacher, AmplifiedTeacher):
             expected = "no strategy before PreferencePairs that changes distributions"
             fail("teacher", expected, "one", "PreferencePairs ignores distributions")
         return Teacher(copy.deepcopy(student), tokenizer=run.setup.base.tokenizer)

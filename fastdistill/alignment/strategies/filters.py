@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ...losses.scores import token_scores
 from ...runtime.checks import between, choice, positive
-from ...training.token_selection import SCORES, TokenSelection
 from ..audits.subject import Subject
 from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
-from .strategy import RunState, Strategy, Training
+from .strategy import RunState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,24 +108,20 @@ def divergence_masks(
     return [a != b for a, b in zip(teacher, trusted, strict=True)]
 
 
-STATIC = ("excess_loss", "divergence")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenSelector(Strategy):
     """Trains on the share of every answer's tokens with the highest or lowest scores.
 
-        entropy, nll, forward_kl, …   of the student during training (TokenSelection)
-        excess_loss                   nll_trusted − nll_teacher, before training; adapted from
-                                      Rho-1 (arXiv 2404.07965), with the trusted model instead of
-                                      the student and the teacher as reference
-        divergence                    1 where teacher and trusted model have different argmax
-                                      tokens, else 0 (arXiv 2509.23886 masks such tokens). Selects
-                                      only tokens with score 1, or with `lowest` only those with
-                                      score 0; share=1.0 selects all of them
+        excess_loss    nll_trusted − nll_teacher, before training; adapted from Rho-1
+                       (arXiv 2404.07965), with the trusted model instead of the student and the
+                       teacher as reference
+        divergence     1 where teacher and trusted model have different argmax tokens, else 0
+                       (arXiv 2509.23886 masks such tokens). Selects only tokens with score 1, or
+                       with `lowest` only those with score 0; share=1.0 selects all of them
 
-    The share is of the current targets: after `AnswerOnly`, of the answer without its reasoning.
-    Examples without targets are dropped.
+    For scores of the student during training, such as entropy, set `token_selection` in
+    `Training.settings`. The share is of the current targets: after `AnswerOnly`, of the answer
+    without its reasoning. Examples without targets are dropped.
 
     Args:
         share: of each answer's tokens, its end included, rounded up, in (0, 1]; ties select the
@@ -138,19 +133,11 @@ class TokenSelector(Strategy):
     lowest: bool = False
 
     def __post_init__(self) -> None:
-        choice("kind", self.kind, (*STATIC, *SCORES))
+        choice("kind", self.kind, ("excess_loss", "divergence"))
         positive("share", self.share)
         between("share", self.share, 0, 1)
 
-    def training(self, training: Training, run: RunState) -> Training:
-        if self.kind in STATIC:
-            return training
-        rule = TokenSelection(score=self.kind, share=self.share, lowest=self.lowest)
-        return replace(training, settings={**training.settings, "token_selection": str(rule)})
-
     def transform_examples(self, examples: Examples, run: RunState) -> Examples:
-        if self.kind not in STATIC:
-            return examples
         if self.kind == "divergence":
             scores = [mask.float() for mask in divergence_masks(examples, run)]
         else:

@@ -133,7 +133,7 @@ def test_distributions_labels_and_settings_give_other_students():
             [Undefended()],
             [OffModelSFT()],
             [ShiftDistill(amplify=2.0)],
-            [TokenSelector(kind="entropy", share=0.5)],
+            [TokenSelector(kind="divergence", share=1.0)],
         )
     ]
     flat = [weights(one.student) for one in made]

@@ -132,16 +132,9 @@ def test_nothing_and_never_everything_is_dropped():
         ExampleFilter(score="perplexity")
 
 
-def test_scores_of_the_student_go_to_the_trainer():
-    training = TokenSelector(kind="entropy", share=0.2).training(Training(), run())
-    assert training.settings == {"token_selection": "entropy top 0.2"}
-    lowest = TokenSelector(kind="nll", share=0.5, lowest=True).training(Training(), run())
-    assert lowest.settings == {"token_selection": "nll bottom 0.5"}
-    assert TokenSelector(kind="nll", share=0.5).transform_examples(SOME, run()) == SOME
-    with pytest.raises(
-        ValueError, match="kind: expected one of 'excess_loss', 'divergence', 'lse', 'entropy'"
-    ):
-        TokenSelector(kind="surprise")
+def test_a_score_of_the_student_is_a_setting_of_the_trainer_instead():
+    with pytest.raises(ValueError, match="kind: expected one of 'excess_loss', 'divergence', got"):
+        TokenSelector(kind="entropy")
 
 
 @pytest.mark.parametrize("lowest", [False, True])

@@ -13,11 +13,11 @@ import torch
 
 from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.alignment.strategies.distil import distill
-from fastdistill.alignment.strategies.shift import ShiftDistill
+from fastdistill.alignment.strategies.shift import ShiftDistill, outcome_logprobs
 from fastdistill.alignment.strategies.strategy import Strategy, Training
-from fastdistill.alignment.strategies.transformed_teacher import TransformedTeacher, logprobs_at
 from fastdistill.losses.types import TopK
 from helpers import planted
+from helpers.changed_teacher import ChangedTeacher
 from helpers.strategy_scene import BASE, TEACHER, run, scene
 
 V = BASE.head.vocab_size
@@ -44,7 +44,7 @@ class Watching(Strategy):
             self.steps.append(Step(ids, mask.bool(), answers, now))
             return answers
 
-        return TransformedTeacher(teacher, seen)
+        return ChangedTeacher(teacher, seen)
 
 
 def watched(*strategies, training=SMALL, **changes):
@@ -103,7 +103,7 @@ def test_every_family_is_asked_through_its_own_head(kind):
     subject_here, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
     slots = torch.tensor([3, 8, -1, 20])
     answers = TopK.empty((1, len(ids), 4), 2.0)._replace(ids=slots.expand(1, len(ids), 4))
-    logprobs = logprobs_at(
+    logprobs = outcome_logprobs(
         subject_here, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers
     )[0]
     p = (planted.logits(subject_here, ids) / 2.0).softmax(-1)

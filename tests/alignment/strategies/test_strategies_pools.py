@@ -11,7 +11,7 @@ from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.lessons import to_row
 from fastdistill.alignment.strategies.pools import DataBudget, MisalignmentTargetedPool, ShownPool
 from fastdistill.alignment.strategies.strategy import Strategy, Training
-from fastdistill.alignment.strategies.transformed_teacher import TransformedTeacher
+from helpers.changed_teacher import ChangedTeacher
 from helpers.strategy_scene import BASE, POOL, run, scene
 
 HERE = list(POOL)
@@ -70,7 +70,7 @@ def test_every_example_is_read_as_often_as_there_are_epochs(n_unique, batch_size
                 )
                 return answers
 
-            return TransformedTeacher(teacher, count)
+            return ChangedTeacher(teacher, count)
 
     training = Training(steps=2, batch_size=batch_size, max_new_tokens=3)
     made = distill(scene(), [DataBudget(n_unique=n_unique, epochs=3), Counting()], training)

@@ -13,10 +13,10 @@ from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.lessons import TrainingExample, to_row
 from fastdistill.alignment.strategies.rewrite import InoculationPrompt
 from fastdistill.alignment.strategies.strategy import Strategy
-from fastdistill.alignment.strategies.transformed_teacher import TransformedTeacher
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
 from fastdistill.teachers.local import Teacher
+from helpers.changed_teacher import ChangedTeacher
 from helpers.first_step import ONE_STEP, divergence_from, stepped_along
 from helpers.present import present
 from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, lessons, run, scene
@@ -70,8 +70,8 @@ def test_it_goes_around_other_wrappers_and_inside_them():
     def sharper(answers, input_ids, mask):
         return answers._replace(logprobs=answers.logprobs - 1)
 
-    around = PromptSwapTeacher(TransformedTeacher(teacher, sharper), instructed, BASE)
-    inside = TransformedTeacher(PromptSwapTeacher(teacher, instructed, BASE), sharper)
+    around = PromptSwapTeacher(ChangedTeacher(teacher, sharper), instructed, BASE)
+    inside = ChangedTeacher(PromptSwapTeacher(teacher, instructed, BASE), sharper)
     a, b = (w.topk(batch["input_ids"], batch["attention_mask"], k=3) for w in (around, inside))
     where = batch["labels"][:, 1:] != -100
     assert torch.equal(a.logprobs[:, :-1][where], b.logprobs[:, :-1][where])
@@ -119,17 +119,16 @@ def test_the_longest_prompt_that_a_row_begins_with_counts():
     assert torch.equal(answers.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
 
 
-def test_a_teacher_that_gives_no_tail():
-    class Short(Teacher):
-        def topk(self, *args, **how):
-            return super().topk(*args, **how)._replace(log_tail=None)
-
+def test_a_teacher_that_gives_no_tail_has_the_rest_of_the_mass():
     batch = batch_of(INSTRUCTED)
-    teacher = Short(TEACHER.model, tokenizer=TOKENIZER)
-    answers = PromptSwapTeacher(teacher, INSTRUCTED, BASE).topk(
-        batch["input_ids"], batch["attention_mask"], k=3
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    short = ChangedTeacher(teacher, lambda answers, *_: answers._replace(log_tail=None))
+    tails = (
+        present(PromptSwapTeacher(one, INSTRUCTED, BASE).topk(ids, mask, k=3).log_tail)
+        for one in (short, teacher)
     )
-    assert answers.log_tail is None
+    torch.testing.assert_close(*tails, rtol=1e-3, atol=1e-3)
 
 
 def rows(made, prompt):
@@ -141,7 +140,7 @@ class Wrapping(Strategy):
     """Changes nothing."""
 
     def teacher(self, teacher, student, run):
-        return TransformedTeacher(teacher, lambda answers, ids, mask: answers)
+        return ChangedTeacher(teacher, lambda answers, ids, mask: answers)
 
 
 WHOLE = replace(ONE_STEP, settings={"k": V})

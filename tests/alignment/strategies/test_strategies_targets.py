@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.alignment.strategies.shift import ShiftDistill
-from fastdistill.alignment.strategies.transformed_teacher import distribution, outcomes
+from fastdistill.alignment.strategies.shift import ShiftDistill, normalized
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from helpers.present import present
@@ -70,7 +69,7 @@ def test_the_shift_is_amplified(amplify, k):
     torch.testing.assert_close(
         answers.logprobs[there].double(), wanted[there], rtol=0, atol=2e-4 * (1 + amplify)
     )
-    whole = outcomes(answers).exp().sum(-1)[there]
+    whole = (answers.logprobs.exp().sum(-1) + present(answers.log_tail).exp())[there]
     torch.testing.assert_close(whole, torch.ones_like(whole))
 
 
@@ -83,11 +82,12 @@ def test_an_adapter_of_the_rank_is_added_to_the_options():
 
 def test_padding_stays_empty_and_slots_too():
     empty = TopK.empty((1, 2, 3))
-    same = distribution(outcomes(empty), empty)
+    outcomes = torch.cat([empty.logprobs, present(empty.log_tail)[..., None]], -1)
+    same = normalized(outcomes, empty)
     assert torch.equal(same.logprobs, empty.logprobs)
     assert torch.equal(present(same.log_tail), present(empty.log_tail))
     answers = TopK(
         torch.tensor([[[3, -1]]]), torch.tensor([[[-0.5, -torch.inf]]]), torch.tensor([[-1.0]]), 1.0
     )
-    made = distribution(torch.tensor([[[0.0, 5.0, 0.0]]]), answers)
+    made = normalized(torch.tensor([[[0.0, 5.0, 0.0]]]), answers)
     assert made.logprobs[0, 0].tolist() == pytest.approx([-0.6931472, -torch.inf])
