@@ -22,7 +22,6 @@ from ...runtime.checks import fail, integer
 from ...runtime.intervals import Estimate, check_confidence, student_t_quantile
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-Tree = Sequence[Sequence[np.ndarray]]
 
 _MAX_DRAWS = 1 << 22  # drawn at once: 32 MB
 
@@ -57,33 +56,10 @@ def paired_bootstrap(
     if len(a) != len(b):
         fail("b", f"{len(a)} numbers, one per number of a", len(b))
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    units = _check_finite("a, b", difference)[:, None]
-    return bootstrap_of_units(units, lambda x: x[..., 0], bootstrap)
-
-
-def seed_means(tree: Tree) -> np.ndarray:
-    """Returns the mean per base seed, [base seeds, columns].
-
-    Base seeds have equal weight, and so have the student seeds of one base seed.
-
-    Args:
-        tree: per base seed and student seed, an array [prompts, columns].
-    """
-    if not len(tree) or not all(len(students) for students in tree):
-        raise ValueError(
-            "tree: expected one or more base seeds with one or more student seeds each, got "
-            f"{[len(students) for students in tree]} student seeds"
-        )
-    leaves = [[np.asarray(leaf, np.float64) for leaf in students] for students in tree]
-    columns = leaves[0][0].shape[-1:]
-    for leaf in (leaf for students in leaves for leaf in students):
-        if leaf.ndim != 2 or not leaf.size or leaf.shape[1:] != columns:
-            raise ValueError(
-                f"tree: expected arrays [prompts, {columns[0] if columns else 'columns'}] with one "
-                f"prompt or more, got shape {list(leaf.shape)}"
-            )
-    means = [np.mean([leaf.mean(0) for leaf in students], axis=0) for students in leaves]
-    return _check_finite("tree", np.array(means))
+    wrong = difference[~np.isfinite(difference)]
+    if wrong.size or not difference.size:
+        fail("a, b", "finite numbers", float(wrong[0]) if wrong.size else "none")
+    return bootstrap_of_units(difference[:, None], lambda x: x[..., 0], bootstrap)
 
 
 def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Bootstrap) -> Estimate:
@@ -101,9 +77,6 @@ def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Boots
         An Estimate with the number of units. Its bounds are NaN with one unit, and where the
         statistic of a resample is not finite. Equal units give an interval of zero width. The
         interval of a ratio is valid only where that of its denominator excludes 0.
-
-    Raises:
-        ValueError: the statistic does not give one number per row.
     """
     n, center, resamples = len(units), units.mean(0), bootstrap.resamples
     tail = 0.5 + bootstrap.confidence / 2
@@ -115,11 +88,6 @@ def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Boots
         stretch = math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
         means = _means(units, resamples, bootstrap.seed)
         drawn = np.asarray(statistic(center + stretch * (means - center)))
-    if drawn.shape != (resamples,):
-        raise ValueError(
-            f"statistic: expected shape [{resamples}] of means [{resamples}, {len(center)}], got "
-            f"{list(drawn.shape)}"
-        )
     if not np.isfinite(drawn).all():
         return Estimate(value=value, low=math.nan, high=math.nan, n=n)
     low, high = np.quantile(drawn, [0.5 - bootstrap.confidence / 2, tail])
@@ -135,11 +103,3 @@ def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         picks = rng.integers(0, n, size=(min(at_once, resamples - start), n))
         means.append(units[picks].mean(1))
     return np.concatenate(means)
-
-
-def _check_finite(name: str, values: np.ndarray) -> np.ndarray:
-    wrong = values[~np.isfinite(values)]
-    if wrong.size or not values.size:
-        got = float(wrong[0]) if wrong.size else "none"
-        fail(name, "finite numbers", got)
-    return values

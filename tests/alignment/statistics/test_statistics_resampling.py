@@ -27,12 +27,6 @@ def tree_of(*seeds):
     return [[np.array(prompts)[:, None] for prompts in students] for students in seeds]
 
 
-def test_every_base_seed_and_every_student_seed_counts_alike():
-    tree = tree_of([[1.0], [3.0, 3.0, 3.0]], [[6.0]])  # means 2 and 6
-    estimate = hierarchical_bootstrap(tree, first)
-    assert (estimate.value, estimate.n) == (4.0, 2)
-
-
 def test_two_values_by_hand():
     # Means of two draws from {0, 2} are 0, 1, 1, 2, drawn out by √2 · 12.7062 / 1.959964 from 1.
     estimate = paired_bootstrap([0.0, 2.0], [0.0, 0.0])
@@ -128,9 +122,6 @@ def test_a_statistic_that_is_not_finite_somewhere_has_no_bounds():
     assert not estimate.known
 
 
-LEAF = np.ones((3, 2))
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -144,16 +135,6 @@ LEAF = np.ones((3, 2))
         (
             lambda: paired_bootstrap([1.0], [0.0], Bootstrap(resamples=0)),
             "resamples: expected an integer of",
-        ),
-        (lambda: hierarchical_bootstrap([], first), "tree: expected one or more base seeds with o"),
-        (lambda: hierarchical_bootstrap([[LEAF], []], first), "got [1, 0] student seeds"),
-        (lambda: hierarchical_bootstrap([[LEAF[0]]], first), "tree: expected arrays [prompts, 2]"),
-        (lambda: hierarchical_bootstrap([[LEAF, LEAF[:, :1]]], first), "got shape [3, 1]"),
-        (lambda: hierarchical_bootstrap([[LEAF[:0]]], first), "got shape [0, 2]"),
-        (lambda: hierarchical_bootstrap([[LEAF * math.inf]], first), "tree: expected finite numb"),
-        (
-            lambda: hierarchical_bootstrap([[LEAF], [LEAF]], lambda x: x[..., :1].mean()),
-            "statistic: expected shape [2000] of means [2000, 2], got []",
         ),
     ],
 )
