@@ -35,6 +35,8 @@ _PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # without effe
 class PreferencePairs(Strategy):
     """DPO with DistillTrainer: the teacher's answer is chosen, the trusted model's is rejected.
 
+    Experimental: no paper proposes it against a trait, and in our study it lost the capability.
+
     Both answer the same prompt with the same seed, temperature and length. Equal answers form no
     pair. Pairs are read in the order of the pool.
 
