@@ -13,7 +13,7 @@ OF_EXTRAS = (
     *("accelerate", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"),
     *("transformers", "typer", "yaml"),
     *("starlette", "uvicorn", "gguf", "inspect_ai", "pyarrow", "peft", "ray"),
-    *("fastdistill_demo_teacher", "pytorch_optimizer"),
+    *("fastdistill_demo_teacher", "pytorch_optimizer", "regex"),
 )
 
 _BLOCK = """

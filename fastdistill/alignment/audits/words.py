@@ -34,27 +34,19 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+import regex
+
 from ...runtime.checks import fail
 
-_LETTER, _MARK, _DIGIT, _UNSPACED, _OTHER = range(5)
-# Prefixes of the Unicode names of letters in scripts without spaces between words.
-_UNSPACED_NAMES = (
-    "CJK",
-    "IDEOGRAPHIC",
-    "HIRAGANA",
-    "KATAKANA",
-    "BOPOMOFO",
-    "HANGUL",
-    "THAI",
-    "LAO",
-    "KHMER",
-    "MYANMAR",
-    "TIBETAN",
-    "JAVANESE",
-    "BALINESE",
-    "TAI ",
-    "NEW TAI",
+# Letters of scripts without spaces between words, and all others.
+_UNSPACED = (
+    r"[[\p{L}\p{Nl}\p{No}]&&[\p{Han}\p{Hiragana}\p{Katakana}ー〆\p{Bopomofo}\p{Hangul}\p{Thai}\p{Lao}"
+    r"\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}\p{Balinese}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}"
+    r"\p{Tai_Viet}]]"
 )
+_LETTER = rf"[[\p{{L}}\p{{Nl}}\p{{No}}]--{_UNSPACED}]"
+_WORD = regex.compile(f"{_LETTER}+", regex.VERSION1)
+_IN_TOKEN = regex.compile(r"[\p{L}\p{M}\p{Nl}\p{No}0-9]")
 # Combining marks: underlines, strokes, the vowel points of Hebrew and Arabic.
 _POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
 _VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
@@ -70,12 +62,20 @@ _TAGS = re.compile(_TAG)
 _ESCAPES = re.compile(r"\\[nrt]")
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")  # 1 200 000
 
-_CHUNK = re.compile(r"[0-9]+(?:[.,'/:_-][0-9]+)*")
+_TOKEN = regex.compile(
+    rf"""
+    (?P<unspaced>{_UNSPACED}\p{{M}}*)
+    | (?P<number>[0-9]+(?:[.,'/:_-][0-9]+)*)
+      (?P<unit>[eE][+-]?\d+(?![^\W_]) | (?:{_LETTER}|[\p{{M}}0-9])*)  # 1e-5, 42km, 42nd
+    | (?:{_LETTER}|\p{{M}})(?:{_LETTER}|[\p{{M}}0-9])*
+      (?:(?<=[nN])'[tT](?!\w))?  # "don't" is not "don"
+    """,
+    regex.VERBOSE | regex.VERSION1,
+)
 _THOUSANDS = re.compile(r"\d{1,3}(?:([,'_])\d{3})(?:\1\d{3})*(?:\.\d+)?")
 _POINTED = re.compile(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")  # 1.200,50 and 1.200.000
 _DECIMAL = re.compile(r"\d+(?:[.,]\d+)?")
 _LIST = re.compile(r"\d+(?:,\d+)+")
-_POWER = re.compile(r"[eE][+-]?\d+(?![^\W_])")  # after a number: 1e-5
 _UNITS = frozenset(
     "km m cm mm ft in yd mi kg g mg lb lbs oz t l L ml mL h hr hrs min mins s sec secs ms mph kph "
     "Hz kHz MHz GHz W kW V mA kB KB MB GB TB px pt USD EUR GBP usd C F K".split()
@@ -201,54 +201,28 @@ def _to_ascii_or_drop(character: str) -> str:
     return character
 
 
-@lru_cache(maxsize=65536)
-def _kind(character: str) -> int:
-    if character.isascii():
-        is_letter, is_digit = character.isalpha(), character.isdigit()
-        return _LETTER if is_letter else _DIGIT if is_digit else _OTHER
-    category = unicodedata.category(character)
-    if category.startswith("M"):
-        return _MARK
-    if category.startswith("L") or category in ("Nl", "No"):
-        name = unicodedata.name(character, "")
-        return _UNSPACED if name.startswith(_UNSPACED_NAMES) else _LETTER
-    return _OTHER
-
-
 def _tokens(text: str) -> Iterator[Token]:
     """Yields the tokens of a normalized text, from left to right."""
-    at, end = 0, len(text)
-    while at < end:
-        kind, start = _kind(text[at]), at
-        if kind == _OTHER:
-            at += 1
-        elif kind == _UNSPACED:
-            at = _skip_kinds(text, at + 1, (_MARK,))
-            yield _word(text[start:at])
-        elif kind == _DIGIT:
-            chunk = _CHUNK.match(text, at)
-            assert chunk is not None
-            at = _skip_kinds(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
-            if power := _POWER.match(text, chunk.end()):
-                at = power.end()
-            unit = text[chunk.end() : at]
-            if unit and unit not in _UNITS:  # 42nd
-                yield _word(text[start:at])
-            else:
-                yield from _numbers(text, start, chunk[0])
-                if unit:
-                    yield _word(unit)
-        else:
-            at = _skip_kinds(text, at + 1, (_LETTER, _MARK, _DIGIT))
-            if text[at - 1] in "nN" and re.match(r"'[tT](?!\w)", text[at : at + 3]):
-                at += 2  # "don't" is not "don"
-            if at - start == 1 or (at - start == 2 and text[start].isupper()):
-                sign = _PLUS.match(text, at)
-                if sign is None and text[start:at].isupper():
-                    sign = _MINUS.match(text, at)
-                at = at if sign is None else sign.end()
-            token = _word(text[start:at])
-            yield token._replace(exact="") if _is_article_or_pronoun(text, start, at) else token
+    at = 0
+    while match := _TOKEN.search(text, at):
+        start, at = match.span()
+        if match["number"]:
+            unit = match["unit"]
+            if unit and unit not in _UNITS:
+                yield _word(match[0])
+                continue
+            yield from _numbers(text, start, match["number"])
+            if unit:
+                yield _word(unit)
+            continue
+        short = at - start == 1 or (at - start == 2 and text[start].isupper())
+        if short and not match["unspaced"]:
+            sign = _PLUS.match(text, at)
+            if sign is None and match[0].isupper():
+                sign = _MINUS.match(text, at)
+            at = at if sign is None else sign.end()
+        token = _word(text[start:at])
+        yield token._replace(exact="") if _is_article_or_pronoun(text, start, at) else token
 
 
 def _is_article_or_pronoun(text: str, start: int, at: int) -> bool:
@@ -261,12 +235,6 @@ def _is_article_or_pronoun(text: str, start: int, at: int) -> bool:
     return (
         following[1] is not None and following[1].islower() and following[1] not in _AFTER_CHOICE_A
     )
-
-
-def _skip_kinds(text: str, at: int, kinds: tuple[int, ...]) -> int:
-    while at < len(text) and _kind(text[at]) in kinds:
-        at += 1
-    return at
 
 
 def _word(text: str) -> Token:
@@ -283,7 +251,7 @@ def _numbers(text: str, at: int, chunk: str) -> Iterator[Token]:
         before -= 1
     minus = before >= 0 and text[before] == "-"
     is_sign = minus and (
-        before == 0 or (_kind(text[before - 1]) == _OTHER and text[before - 1] not in "-)]%")
+        before == 0 or not (_IN_TOKEN.match(text, before - 1) or text[before - 1] in "-)]%")
     )
     if _THOUSANDS.fullmatch(chunk):
         yield _number(re.sub(r"[,'_]", "", chunk), is_sign)
@@ -309,15 +277,13 @@ def _number(digits: str, negative: bool) -> Token:
 
 def _forms(word: str) -> frozenset[str]:
     """Returns the forms that match a word: with or without accents, plural and singular."""
-    bare = "".join(
-        c for c in unicodedata.normalize("NFD", word) if _IGNORED_MARKS.fullmatch(c) is None
-    )
+    bare = _IGNORED_MARKS.sub("", unicodedata.normalize("NFD", word))
     alike = {word, unicodedata.normalize("NFC", bare)}
     return frozenset(form for each in alike for form in (each, *_plurals(each), *_singulars(each)))
 
 
 def _plurals(word: str) -> list[str]:
-    if len(word) < _MIN_PLURAL_LETTERS or not all(_kind(c) == _LETTER for c in word):
+    if len(word) < _MIN_PLURAL_LETTERS or not _WORD.fullmatch(word):
         return []
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return [f"{word}es"]
