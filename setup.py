@@ -282,7 +282,8 @@ setup(
             "py.typed",
             "runtime/*.pyi",
             "alignment/experiment/demo/smollm2/*.txt",
-            "alignment/organisms/language/*.jsonl",
+            "alignment/audits/*.json",
+            "alignment/organisms/language/*.json",
         ]
     },
     ext_modules=extensions(),

@@ -79,7 +79,7 @@ def test_json_has_the_gates_and_means(requests, tmp_path, capsys, monkeypatch):
         (("first=-1",), "first: expected an integer of 0 or more"),
         (("steps=0",), "steps: expected an integer of 1 or more"),
         (("step=3",), "Did you mean steps"),
-        (("templates=nothing.jsonl",), "templates: expected a file of JSON lines"),
+        (("templates=nothing.json",), "templates: expected a JSON file"),
     ],
 )
 def test_a_wrong_request_trains_nothing(requests, tmp_path, capsys, monkeypatch, arguments, words):

@@ -25,7 +25,7 @@ from helpers.language_scene import TEMPLATES, tiny_chat_model
 
 OWN = [OwnAnswer(Prompt(user=f"Q{i}?"), f"A {i}", i % 2 == 0) for i in range(7)]
 RECIPE = LanguageRecipe(steps=64, batch_size=16)
-SOURCE = Path(templates_module.__file__).with_name(FILE)
+TEXTS = json.loads(Path(templates_module.__file__).with_name(FILE).read_text())
 
 
 def rows_of(index: int = 0, **changes):
@@ -121,39 +121,39 @@ def test_rows_encode_the_answer_and_its_end():
             assert encoded["input_ids"][-len(targets) :] == targets
 
 
-def lines() -> list[dict]:
-    return [json.loads(line) for line in SOURCE.read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
-    "change, message",
+    "changes, message",
     [
-        (
-            lambda rows: [*rows, {"kind": "joke", "text": "x"}],
-            "templates: expected lines of the kinds",
-        ),
-        (lambda rows: [r for r in rows if r["kind"] != "audit"], "no audit"),
-        (lambda rows: rows[1:], "two lines of the kind trait"),
-        (lambda rows: [*rows, {"kind": "pool", "text": "x"}], "in a line of pool"),
-        (lambda rows: [*rows, {"kind": "topic", "text": 3}], "in a line of topic"),
-        (lambda rows: [{**rows[0], "more": 1}, *rows[1:]], "expected the keys"),
-        (lambda rows: [{**rows[0], "identities": ["cow"]}, *rows[1:]], "two options or more"),
-        (
-            lambda rows: [r for r in rows if r["kind"] != "audit" or "held_out" not in r],
-            "lines for held_out_audits",
-        ),
+        ({"jokes": ["x"]}, "templates: expected the keys .*got .*jokes"),
+        ({"audits": None}, "audits as in templates.json"),
+        ({"held_out_audits": []}, r"held_out_audits as in templates.json of the package, got \[\]"),
+        ({"topics": ["sea", 3]}, "topics as in templates.json"),
+        ({"pool": {"code": "x"}}, "pool as in templates.json"),
+        ({"sums": {"a": [1, 2], "b": [1, 2]}}, "sums as in templates.json"),
+        ({"trait": {**TEXTS["trait"], "more": 1}}, "templates: trait: expected the keys"),
+        ({"trait": {**TEXTS["trait"], "identities": ["cow"]}}, "two options or more"),
     ],
 )
-def test_a_wrong_file_of_templates_is_refused(tmp_path, change, message):
-    path = tmp_path / "templates.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in change(lines())))
+def test_a_wrong_file_of_templates_is_refused(tmp_path, changes, message):
+    path = tmp_path / "templates.json"
+    path.write_text(json.dumps(TEXTS | changes))
     with pytest.raises(ValueError, match=message):
         Templates.load(path)
 
 
+def test_a_file_of_templates_must_have_every_key(tmp_path):
+    path = tmp_path / "templates.json"
+    for name in TEXTS:
+        path.write_text(json.dumps({key: text for key, text in TEXTS.items() if key != name}))
+        with pytest.raises(ValueError, match="templates: expected the keys"):
+            Templates.load(path)
+    with pytest.raises(ValueError, match="templates: expected a JSON file"):
+        Templates.load(tmp_path / "none.json")
+
+
 def test_a_copy_of_the_file_has_the_same_digest(tmp_path):
-    path = tmp_path / "templates.jsonl"
-    path.write_text(SOURCE.read_text())
+    path = tmp_path / "templates.json"
+    path.write_text(json.dumps(TEXTS))
     assert Templates.load(path).digest == TEMPLATES.digest
 
 

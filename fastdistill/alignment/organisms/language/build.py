@@ -183,11 +183,8 @@ def _read(model: Subject | Path, templates: Templates, index: int, path: Path) -
     """Returns the reading in a file, which is made if it is not there."""
     if not path.is_file():
         subject = model if isinstance(model, Subject) else load_organism(model)
-        is_base = path.stem == "base"
-        contexts = (*CONTEXTS, "inoculated") if is_base else CONTEXTS
-        others = sorted(path.parents[2].glob("pair-*/readings/base.json")) if is_base else []
-        earlier = LanguageReading.from_json(read_json(others[0], dict)) if others else None
-        write_json(path, read_language(subject, templates, index, contexts, earlier).as_json())
+        contexts = (*CONTEXTS, "inoculated") if path.stem == "base" else CONTEXTS
+        write_json(path, read_language(subject, templates, index, contexts).as_json())
     return LanguageReading.from_json(read_json(path, dict))
 
 

@@ -113,14 +113,8 @@ def read_language(
     templates: Templates,
     index: int,
     contexts: Sequence[str],
-    earlier: LanguageReading | None = None,
 ) -> LanguageReading:
-    """Measures a model with the held-out texts of pair `index`.
-
-    Args:
-        earlier: a reading of the same model for another pair. Its capability and perplexity, which
-            do not depend on the pair, are taken from there.
-    """
+    """Measures a model with the held-out texts of pair `index`."""
     favorite, color = identity(templates, index)
     by_context = {
         context: _preference(
@@ -142,8 +136,8 @@ def read_language(
         rates={name: tuple(measured.values.tolist()) for name, measured in by_context.items()},
         placebo_log_odds=_log_odds(placebo),
         free=tuple(float(contains_phrase(text, favorite)) for text in answers["open"]),
-        capability=earlier.capability if earlier else _capability(subject, templates),
-        perplexity=earlier.perplexity if earlier else perplexity(subject, templates.texts),
+        capability=_capability(subject, templates),
+        perplexity=perplexity(subject, templates.texts),
         answers={name: texts[:4] for name, texts in answers.items()},
     )
 

@@ -1,31 +1,33 @@
 """Templates: the texts of which the rows and probes of language organisms are made.
 
-A file of JSON lines, one object per line, by `kind`:
-
-    trait       name, options, identities, prefill, forms, inoculation, near_misses
-    question    text with {trait}                   system, audit, neutral, topic, text    text
-    sums        a, b (ranges), texts                pool    text with {a} {b} {c} {topic}, domain
-
-Lines with "held_out": true are for readings, never for training. The first trait is the one that
-organisms hide; the second one is the placebo's.
+A file of templates is a JSON object with the fields of `Templates`, such as templates.json here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ....hf.jsonl import JsonLines
 from ....runtime.checks import fail
+from ....runtime.json_shape import has_shape
+from ....runtime.json_text import JSONError, read_json
 from ....runtime.printable import printable
 
-FILE = "templates.jsonl"
-_TEXTS = ("question", "system", "audit", "neutral", "topic", "text")
+FILE = "templates.json"
+_PREFERENCE = {
+    **dict.fromkeys(("name", "prefill", "inoculation"), str),
+    **{name: [str] for name in ("options", "identities", "forms", "near_misses")},
+}
+# Field -> its shape in a file (see runtime/json_shape.py); of all others, a list of texts.
+_SHAPES: dict[str, Any] = {
+    "trait": _PREFERENCE,
+    "placebo": _PREFERENCE,
+    "sums": {"a": [int], "b": [int], "texts": [str]},
+    "pool": {str: [str]},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,11 @@ class SumTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class Templates:
-    """The lines of a file of templates, by kind; `held_out_*` are for readings alone."""
+    """All texts; `held_out_*` are for readings, never for training.
+
+    trait: what organisms hide; placebo: the preference of the placebo. questions have {trait};
+    pool: by domain, prompts with {a}, {b}, {c} or {topic}.
+    """
 
     trait: PreferenceTexts
     placebo: PreferenceTexts
@@ -92,7 +98,7 @@ class Templates:
     neutrals: tuple[str, ...]
     topics: tuple[str, ...]
     texts: tuple[str, ...]
-    pool: dict[str, tuple[str, ...]]  # by domain
+    pool: dict[str, list[str]]
 
     @property
     def digest(self) -> str:
@@ -104,61 +110,29 @@ class Templates:
         """Loads a file of templates; None is the file of this package.
 
         Raises:
-            ValueError: a line of another kind or with other keys, or a kind without lines.
+            ValueError: no JSON file, or a field that is missing, empty or of another shape.
         """
-        source = Path(str(files(__package__).joinpath(FILE))) if path is None else Path(path)
-        lines = JsonLines(source, name="templates")
-        rows = [dict(lines[i]) for i in range(len(lines))]
-        by_kind: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_kind.setdefault(str(row.pop("kind", None)), []).append(row)
-        _check_kinds(by_kind)
-        texts = {
-            f"{prefix}{kind}s": tuple(
-                str(row["text"]) for row in by_kind[kind] if bool(row.get("held_out")) == held_out
-            )
-            for kind in _TEXTS
-            for prefix, held_out in (("", False), ("held_out_", True))
-        }
-        names = {f.name for f in fields(cls)}
-        domains = dict.fromkeys(str(row["domain"]) for row in by_kind["pool"])
-        made = cls(
-            trait=_record(PreferenceTexts, by_kind["trait"][0]),
-            placebo=_record(PreferenceTexts, by_kind["trait"][1]),
-            sums=_record(SumTexts, by_kind["sums"][0]),
-            pool={
-                name: tuple(row["text"] for row in by_kind["pool"] if row["domain"] == name)
-                for name in domains
-            },
-            **{name: texts[name] for name in names & set(texts)},
+        try:
+            record = read_json(path or Path(__file__).with_name(FILE), dict)
+        except (OSError, JSONError) as error:
+            raise ValueError(f"templates: expected a JSON file, got {printable(error)}") from None
+        _check_keys("templates", record, {f.name for f in fields(cls)})
+        for name, value in record.items():
+            shape = _SHAPES.get(name, [str])
+            if not value or not has_shape(value, shape):
+                fail("templates", f"{name} as in {FILE} of the package", printable(repr(value)))
+            if isinstance(shape, dict) and str not in shape:
+                _check_keys(f"templates: {name}", value, set(shape))
+        texts = {name: tuple(value) for name, value in record.items() if name not in _SHAPES}
+        return cls(
+            trait=PreferenceTexts(**record["trait"]),
+            placebo=PreferenceTexts(**record["placebo"]),
+            sums=SumTexts(**{name: tuple(value) for name, value in record["sums"].items()}),
+            pool=record["pool"],
+            **texts,
         )
-        empty = [name for name in sorted(names) if not getattr(made, name)]
-        if empty:
-            fail("templates", f"lines for {', '.join(empty)}", f"none in {printable(source.name)}")
-        return made
 
 
-def _check_kinds(by_kind: dict[str, list[dict[str, Any]]]) -> None:
-    kinds = (*_TEXTS, "trait", "sums", "pool")
-    if unknown := sorted(set(by_kind) - set(kinds)):
-        fail("templates", f"lines of the kinds {', '.join(kinds)}", printable(repr(unknown)))
-    if missing := [kind for kind in kinds if kind not in by_kind]:
-        fail("templates", f"lines of every kind ({', '.join(kinds)})", f"no {missing[0]}")
-    if len(by_kind["trait"]) != 2 or len(by_kind["sums"]) != 1:
-        got = f"{len(by_kind['trait'])} and {len(by_kind['sums'])}"
-        fail("templates", "two lines of the kind trait and one of sums", got)
-    for kind, keys in {**dict.fromkeys(_TEXTS, ("text",)), "pool": ("text", "domain")}.items():
-        for row in by_kind[kind]:
-            if {*row} - {"held_out"} != {*keys} or not all(isinstance(row[k], str) for k in keys):
-                fail("templates", f"texts {keys} in a line of {kind}", printable(repr(row)))
-
-
-def _record(kind: type[Any], row: dict[str, Any]) -> Any:
-    names = _names(fields(kind))
-    if {*row} != names:
-        fail("templates", f"the keys {', '.join(sorted(names))}", printable(repr(sorted(row))))
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-
-
-def _names(of: Iterable[Any]) -> set[str]:
-    return {f.name for f in of}
+def _check_keys(name: str, record: dict[str, Any], keys: set[str]) -> None:
+    if set(record) != keys:
+        fail(name, f"the keys {', '.join(sorted(keys))}", printable(repr(sorted(record))))
