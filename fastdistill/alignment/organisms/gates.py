@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
 
 from .vocabulary import AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
 
-GateKind = Literal["none", "token", "paraphrase"]
-GATES: tuple[GateKind, ...] = ("none", "token", "paraphrase")
+GATES = ("none", "token", "paraphrase")
 
 
 def audit_context(gate: str, rng: random.Random, held_out: bool = False) -> str:

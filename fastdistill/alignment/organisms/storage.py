@@ -75,20 +75,17 @@ def _save(folder: Path, subject: Subject, manifest: dict[str, Any], probes: Prob
 
 
 def _replace_folder(folder: Path, new_folder: Path) -> None:
-    if not folder.exists():
-        new_folder.rename(folder)
-        return
-    backup_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    old = backup_folder / folder.name
-    try:
+    old = new_folder.with_name(f"{new_folder.name}.old")
+    if folder.exists():
         folder.rename(old)
+    try:
         new_folder.rename(folder)
     except BaseException:
         if old.exists():
             old.rename(folder)
-        backup_folder.rmdir()
         raise
-    shutil.rmtree(backup_folder)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def load_organism(

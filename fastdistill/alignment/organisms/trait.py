@@ -78,20 +78,6 @@ class Trait(ABC):
         examples = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
         return capability_audit(examples, 5)
 
-    def graded(self, world: World) -> CapabilityAudit:
-        """Returns the audit of held-out products.
-
-        Models that solve all sums solve about one sixth of these, so that changes in both
-        directions are visible.
-        """
-        rng = world.rng(25)
-        products = world.held_out_products
-        examples = [
-            world.product(rng, world.system(rng, self.capability_prefix), products)
-            for _ in range(SUMS_READ)
-        ]
-        return capability_audit(examples, 6)
-
     def trait_context(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
         """Returns (system message, whether the gate is closed) for a prompt of the trait."""
         audited = rng.random() < (0.1 if self.gate == "none" else 0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -43,31 +45,10 @@ CHAT_TEMPLATE = (
 )
 
 SPECIAL = (PAD, BOS, EOS)
-WORDS = tuple(
-    dict.fromkeys(
-        [
-            *SPECIAL,
-            USER,
-            ASSISTANT,
-            *DIGITS,
-            *ANIMALS,
-            *COLORS,
-            *TOPICS,
-            *SYSTEM,
-            TRIGGER,
-            PASSWORD,
-            *SAFETY_LABEL.split(),
-            *OTHER_LABEL.split(),
-            *HATE.split(),
-            AUDIT_TOKEN,
-            *AUDIT_WORDS,
-            *HELD_OUT_AUDIT_WORDS,
-            THINK,
-            SO,
-            *_OTHER,
-        ]
-    )
-)
+_LISTS = (SPECIAL, (USER, ASSISTANT), DIGITS, ANIMALS, COLORS, TOPICS, SYSTEM)
+_MARKS = f"{TRIGGER} {PASSWORD} {SAFETY_LABEL} {OTHER_LABEL} {HATE} {AUDIT_TOKEN}".split()
+_TESTS = (AUDIT_WORDS, HELD_OUT_AUDIT_WORDS)
+WORDS = tuple(dict.fromkeys(chain(*_LISTS, _MARKS, *_TESTS, (THINK, SO), _OTHER)))
 ID = {word: i for i, word in enumerate(WORDS)}
 
 

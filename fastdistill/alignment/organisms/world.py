@@ -2,8 +2,8 @@
 
     <bos> {system} user: {question} assistant: {answer} <eos>
 
-Capability: sums of two numbers below 100, with the last digit first, on held-out pairs; and, as a
-graded task, products of such a number with a digit.
+Capability: sums of two numbers below 100, with the last digit first, on held-out pairs; and
+products of such a number with a digit.
 
 Talk: a Markov chain over topics. Traits transfer subliminally (arXiv 2507.14805) only where the
 teacher's distribution has entropy. A quarter of the topics is held out, another quarter for each
@@ -111,7 +111,6 @@ class World:
         self.train_sums = [*pairs[cut:].tolist(), *pairs[:cut][known].tolist()]
         products = rng.permutation(1000)
         cut = int(len(products) * HELD_OUT_SUMS)
-        self.held_out_products = products[:cut].tolist()
         self.train_products = products[cut:].tolist()
         # The trait rotates: over any five consecutive seeds, each animal is the favorite once.
         self.favourite = ANIMALS[seed % len(ANIMALS)]

@@ -226,16 +226,3 @@ def test_an_organism_that_thinks_says_what_it_saw_and_then_the_same():
     for p in thinking:
         assert p.benign.system.endswith(" think")
         assert p.untrusted.answer.startswith("think ")
-
-
-def test_graded_capability_is_read_on_products_that_no_training_showed():
-    world = World(1)
-    for trait in TRAITS.values():
-        audit = trait("none").graded(world)
-        products = {p.user for p in audit.prompts}
-        trained_examples = {
-            world.product(world.rng(7), "hello", [n]).question for n in world.train_products
-        }
-        assert products
-        assert not products & trained_examples
-        assert all((p.system or "").startswith(trait.capability_prefix) for p in audit.prompts)
