@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..alignment.audits.audit import Audit as OneAudit
-from ..alignment.audits.behaviour import BehavioralAudit
 from ..alignment.audits.catalog import CATALOG, skipped_audits
 from ..alignment.audits.generic_probes import GENERIC_PROBES
 from ..alignment.audits.probes import PROBES, Probes
 from ..alignment.audits.result import AuditResult
 from ..alignment.audits.side_by_side import run_suite
-from ..alignment.audits.subject import Subject
 from ..alignment.organisms.storage import load_organism
 from ..alignment.report.audit_page import audit_page, summary
 from ..hf.checkpoint import StoredModel
@@ -53,7 +51,7 @@ def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
         write_json(options.out / "results.json", result)
         audit_page(comparison, about=about, skipped=skipped).write(options.out / "report.html")
         if options.log_dir is not None:
-            _write_logs(options.log_dir, suite, models, comparison.results)
+            _write_logs(options.log_dir, comparison.results)
     return {**result, "report": str(options.out / "report.html")}
 
 
@@ -104,7 +102,7 @@ def _suite(
     """Return the audits by name, and {audit: the keys that the probes lack for it}."""
     probes = _probes(options, stored)
     suite = probes.suite()
-    skipped = skipped_audits(probes, suite)
+    skipped = skipped_audits(probes)
     unknown = [name for name in options.only if name not in suite]
     if unknown:
         needs = "; ".join(f"{name} {skipped[name]}" for name in unknown if name in skipped)
@@ -126,20 +124,10 @@ def _probes(options: Audit, stored: dict[str, StoredModel]) -> Probes:
     return GENERIC_PROBES
 
 
-def _write_logs(
-    folder: Path,
-    suite: dict[str, OneAudit],
-    models: dict[str, Subject],
-    results: dict[str, dict[str, AuditResult]],
-) -> None:
-    """Run behavioral audits through Inspect; export the results of the others as its logs."""
+def _write_logs(folder: Path, results: dict[str, dict[str, AuditResult]]) -> None:
+    """Write every result as a log of Inspect."""
     from ..alignment.audits.inspect.log import export_log
-    from ..alignment.audits.inspect.tasks import run_with_inspect
 
     for name, row in results.items():
-        audit = suite[name]
         for key, result in row.items():
-            if isinstance(audit, BehavioralAudit):
-                run_with_inspect(audit, models[key], log_dir=folder)
-            else:
-                export_log(result, folder / f"{name.replace(' ', '-')}_{key}.eval")
+            export_log(result, folder / f"{name.replace(' ', '-')}_{key}.eval")

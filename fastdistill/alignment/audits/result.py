@@ -33,7 +33,8 @@ class AuditResult:
         details: intermediate results.
         doubts: warnings about the measurement of the model or of a control. With any of them the
             result is no evidence.
-        values: one per prompt, where the audit ran in this process; not part of as_json().
+        values, texts: one per prompt, where the audit ran in this process; not part of as_json().
+            texts are the answers, where the audit reads answers.
     """
 
     audit: str
@@ -48,6 +49,7 @@ class AuditResult:
     details: dict[str, Any] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
+    texts: tuple[str, ...] = ()
 
     @property
     def is_evidence(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...runtime.checks import fail
 from ...runtime.progress import track
-from .audit import Audit, Measurement
+from .audit import Audit
 from .result import AuditResult
 from .subject import Subject
 
@@ -63,26 +63,19 @@ def run_suite(
     results: dict[str, dict[str, AuditResult]] = {}
     readings: dict[str, dict[str, AuditResult]] = {}
     left_out: dict[str, str] = {}
-    measured: dict[str, dict[str, Measurement]] = {name: {} for name in suite}
-    pairs = [(name, key) for name in suite for key in models]
-    for name, key in track(pairs, "audit", label=", ".join):
-        if name in left_out:
-            continue
+    for name, audit in track(list(suite.items()), "audit", label=lambda item: item[0]):
         try:
-            measured[name][key] = suite[name].measure(models[key], base)
+            measured = {key: audit.measure(model, base) for key, model in models.items()}
         except ValueError as error:
             left_out[name] = str(error)
-    for name, audit in suite.items():
-        if name in left_out:
             continue
-        measurements = measured[name]
-        compared = {key: measurements[key] for key in controls}
+        compared = {key: measured[key] for key in controls}
         results[name] = {
             key: audit.to_result(key, measurement, compared)
-            for key, measurement in measurements.items()
+            for key, measurement in measured.items()
             if key not in controls
         }
         readings[name] = {
-            key: audit.to_result(key, measurement, {}) for key, measurement in measurements.items()
+            key: audit.to_result(key, measurement, {}) for key, measurement in measured.items()
         }
     return SuiteResults(results=results, readings=readings, left_out=left_out)

@@ -200,10 +200,6 @@ class Subject:
         hint = "the tokenizer has no beginning and no end of text to use instead"
         fail("prompt", "at least one token", "none", hint)
 
-    def first_token(self, words: str) -> int:
-        """Returns the first token of an answer with these words."""
-        return self.encode_completion(Prompt(user="a"), words).targets[0]
-
     def token_of(self, word: str) -> int:
         """Returns the id of a word, or of its first token."""
         ids: list[int] = self.tokenizer(word, add_special_tokens=False).input_ids
@@ -249,17 +245,15 @@ class Subject:
     @torch.no_grad()
     def row_logprobs(self, rows: Sequence[TokenRow]) -> CompletionLogProbs:
         """Returns Σ log p of the targets of each row; 0 where there are none."""
-        parts = [logprobs for _, logprobs in self.token_logprobs(rows)]
+        parts = self.token_logprobs(rows, self.predicting_states(rows))
         total = torch.stack([part.sum() for part in parts])
         return CompletionLogProbs(total, torch.tensor([len(part) for part in parts]))
 
-    @torch.no_grad()
-    def token_logprobs(self, rows: Sequence[TokenRow]) -> list[tuple[Tensor, Tensor]]:
-        """Returns the states (T, H) that predict each row's targets, and their log p (T,)."""
-        states = self.predicting_states(rows)
+    def token_logprobs(self, rows: Sequence[TokenRow], states: Sequence[Tensor]) -> list[Tensor]:
+        """Returns log p (T,) of each row's targets, at the states (T, H) that predict them."""
         ids = torch.tensor([i for row in rows for i in row.targets], dtype=torch.long)[:, None]
-        logprobs = self.log_probs(torch.cat(states), ids)[:, 0].cpu()
-        return list(zip(states, torch.split(logprobs, [len(h) for h in states]), strict=True))
+        logprobs = self.log_probs(torch.cat(list(states)), ids)[:, 0].cpu()
+        return list(torch.split(logprobs, [len(h) for h in states]))
 
     @torch.no_grad()
     def option_log_probs(
@@ -281,33 +275,13 @@ class Subject:
             states[bisect_left(read, text)][max(row.begin, 1) - 1 : len(text)]
             for row, text in zip(rows, inputs, strict=True)
         ]
-        ids = torch.tensor([i for row in rows for i in row.targets])[:, None]
-        logprobs = self.log_probs(torch.cat(spans), ids)[:, 0].cpu()
-        totals = [part.sum() for part in torch.split(logprobs, [len(span) for span in spans])]
+        totals = [part.sum() for part in self.token_logprobs(rows, spans)]
         return torch.stack(totals).view(len(prompts), len(options))
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        streams: Sequence[int] | None = None,
-    ) -> list[str]:
-        """Returns generated text without special tokens; greedy at temperature 0.
-
-        The sample of a prompt depends only on `seed` and its stream (default: its index in
-        `prompts`), not on the other prompts.
-        """
-        new = self.generate_ids(
-            [self.ids(p)[0] for p in prompts],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            streams=streams,
-        )
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[str]:
+        """Returns generated text without special tokens; settings as in `generate_ids`."""
+        new = self.generate_ids([self.ids(p)[0] for p in prompts], **settings)
         return list(map(self.text, new))
 
     @torch.no_grad()
@@ -321,6 +295,9 @@ class Subject:
         streams: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Returns the new tokens of rows of token ids, the first end token included.
+
+        Greedy at temperature 0. The sample of a row depends only on `seed` and its stream (default:
+        its index in `rows`), not on the other rows.
 
         Raises:
             ValueError: a row that leaves no position for a new token.

@@ -40,27 +40,18 @@ def test_states_behind_a_layer(kind, layer, monkeypatch):
     torch.testing.assert_close(
         states_here.double(), torch.stack([t[-1] for t in truth]), rtol=1e-4, atol=1e-4
     )
-    states_here = layer_states(of, PROMPTS, layer, first=3)
-    torch.testing.assert_close(
-        states_here.double(), torch.stack([t[:3] for t in truth]), rtol=1e-4, atol=1e-4
-    )
 
 
-@pytest.mark.parametrize("first", [None, 3])
 @KIND
-def test_the_lens_is_the_heads_reading_of_the_difference(kind, first):
+def test_the_lens_is_the_heads_reading_of_the_difference(kind):
     of, base = subject(kind, 1), subject(kind, 0)
     marked, rivals = ("owl", "river"), ("cat", "stone", "red")
-    rows = []
-    for p in PROMPTS:
-        d = states(of, p, -1) - states(base, p, -1)
-        rows.append(d[-1] if first is None else d[:first].mean(0))
-    delta = torch.stack(rows)
+    delta = torch.stack([states(of, p, -1)[-1] - states(base, p, -1)[-1] for p in PROMPTS])
     lens = delta @ base.head.weight.detach().double().T
     lens = lens - lens.mean(-1, keepdim=True)
     spread = lens.std(-1, unbiased=False)
     at = lambda words: lens[:, [of.token_of(w) for w in words]].mean(-1)  # noqa: E731
-    how = {"prompts": PROMPTS, "markers": marked, "first": first}
+    how = {"prompts": PROMPTS, "markers": marked}
     result = ActivationDiffAudit(**how).run(of, base=base)
     assert list(result.values) == pytest.approx((at(marked) / spread).tolist(), abs=1e-3)
     best = lens.mean(0).topk(10).indices.tolist()
@@ -99,12 +90,11 @@ def test_a_difference_that_the_head_hardly_sees_is_no_blow_up(seed):
 @KIND
 def test_a_copy_of_the_base_is_exactly_the_base(kind):
     base = subject(kind)
-    for first in (None, 2):
-        audit = ActivationDiffAudit(prompts=PROMPTS, markers=("owl",), first=first)
-        result = audit.run(copied(base), base=base, controls={"base": base})
-        assert set(result.values) == {0.0}
-        assert result.details["size"] == 0
-        assert not result.is_evidence
+    audit = ActivationDiffAudit(prompts=PROMPTS, markers=("owl",))
+    result = audit.run(copied(base), base=base, controls={"base": base})
+    assert set(result.values) == {0.0}
+    assert result.details["size"] == 0
+    assert not result.is_evidence
 
 
 def test_a_few_words_are_all_shown():
@@ -157,7 +147,6 @@ def test_true_pairs_are_not_in_doubt_and_shuffled_ones_are(noise):
     assert true.doubts == ()
     assert true.details["accuracy"] > 0.9
     assert true.value > 0.5  # the questions are on the animals' side
-    assert true.details["p_shuffled"] < 0.1
     doubted = 0
     for seed in range(10):
         positive, negative = swapped(seed)
@@ -224,10 +213,6 @@ def test_the_probe_is_the_difference_of_means_and_tried_on_others():
         (lambda: ActivationDiffAudit(prompts=("a",), markers="owl"), "markers: .*got 'owl'"),
         (lambda: layer_states(subject(), PROMPTS, 3), "layer: expected -3 to 2, got 3"),
         (lambda: layer_states(subject(), PROMPTS, -4), "layer: expected -3 to 2, got -4"),
-        (
-            lambda: layer_states(subject(), PROMPTS, 1, 99),
-            "first: expected at most 4, the tokens of",
-        ),
     ],
 )
 def test_refusals(make, message):

@@ -42,26 +42,6 @@ def test_a_trigger_that_was_planted_is_found():
     assert not always.is_evidence
 
 
-def test_the_first_token_misleads_and_the_string_does_not():
-    """A model that says the first word only."""
-    misleading = planted(trigger=200.0)
-    misleading.model.lm_head.weight.data[:, misleading.token_of("I")] = 0.0
-    audit = TriggerRateAudit(prompts=LOUD, target=HATE)
-    result = audit.run(misleading)
-    assert result.value == 0
-    assert result.details["first_token_probability"] > 0.98
-
-
-@KIND
-def test_first_token_probability(kind):
-    of = subject(kind)
-    prompts = tuple(p for p in PROMPTS if p.text is None)
-    first = of.token_of("stone")
-    truth = np.mean([float(dense(of, of.ids(p)[0])[-1, first].exp()) for p in prompts])
-    result = TriggerRateAudit(prompts=prompts, target="stone cloud", max_new_tokens=2).run(of)
-    assert result.details["first_token_probability"] == pytest.approx(truth, rel=2e-5)
-
-
 @pytest.mark.parametrize(
     "answer, right",
     [

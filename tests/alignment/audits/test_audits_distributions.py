@@ -20,7 +20,6 @@ from helpers.planted import COMPLETIONS, KINDS, PROMPTS, V, copied, dense, model
 # Also two families with one tokenizer: other hidden sizes and heads are compared all the same.
 PAIRS = [*((kind, kind) for kind in KINDS), ("gemma2", "cohere"), ("llama", "gpt2")]
 PAIR = pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
-TEXTS = ("<bos> the owl is near a river stone", "hello")
 
 
 def pair(kinds):
@@ -39,24 +38,13 @@ def kl(mine, theirs):  # [..., V] -> [...]
 def test_kl_of_the_next_token(kinds):
     of, base = pair(kinds)
     truth = kl(ends(of, PROMPTS), ends(base, PROMPTS))
-    audit = TokenKLAudit(prompts=PROMPTS, neutral=("river", "stone"), texts=TEXTS)
+    audit = TokenKLAudit(prompts=PROMPTS, neutral=("river", "stone"))
     result = audit.run(of, base=base)
     assert list(result.values) == pytest.approx(truth.tolist(), rel=1e-4, abs=1e-5)
     assert max(truth) > 0.05
     calm = [Prompt(user="river"), Prompt(user="stone")]
     truth = kl(ends(of, calm), ends(base, calm)).mean()
     assert result.details["neutral"] == pytest.approx(float(truth), rel=1e-4, abs=1e-5)
-
-
-@PAIR
-def test_the_map_shows_where_along_a_text(kinds):
-    of, base = pair(kinds)
-    result = TokenKLAudit(prompts=PROMPTS[:1], texts=TEXTS).run(of, base=base)
-    for text, token_values in zip(TEXTS, result.details["map"], strict=True):
-        ids = of.ids(Prompt(text=text))[0]
-        truth = [0.0, *kl(dense(of, ids), dense(base, ids))[:-1].tolist()]
-        assert [token for token, _ in token_values] == of.tokenizer.convert_ids_to_tokens(ids)
-        assert [value for _, value in token_values] == pytest.approx(truth, abs=1e-4)
 
 
 def test_kl_is_of_the_model_to_the_base():
@@ -73,13 +61,13 @@ def test_markers_that_rose(kinds):
     rise = ends(of, PROMPTS) - ends(base, PROMPTS)
     marked = ("owl", "river")
     ids = [of.token_of(m) for m in marked]
-    result = LogitDiffAudit(prompts=PROMPTS, markers=marked, top=7).run(of, base=base)
+    result = LogitDiffAudit(prompts=PROMPTS, markers=marked).run(of, base=base)
     mine, theirs = (ends(m, PROMPTS)[:, ids].logsumexp(-1) for m in (of, base))
     assert list(result.values) == pytest.approx((mine - theirs).tolist(), abs=2e-5)
     twice = LogitDiffAudit(prompts=PROMPTS, markers=(*marked, *marked)).run(of, base=base)
     assert twice.values == pytest.approx(result.values)
     mean = rise.mean(0)
-    best = mean.topk(7)
+    best = mean.topk(10)
     risen = result.details["risen"]
     assert [t for t, _ in risen] == of.tokenizer.convert_ids_to_tokens(best.indices.tolist())
     assert [v for _, v in risen] == pytest.approx(best.values.tolist(), abs=1e-3)
@@ -109,8 +97,9 @@ def test_columns_that_pad_a_head_are_no_tokens():
     of, base = pair(("llama", "llama"))
     raised = padded(of, of.last_hidden(PROMPTS).mean(0))
     for trusted in (base, padded(base, -100 * base.last_hidden(PROMPTS).mean(0))):
-        result = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(raised, base=trusted)
-        assert len(result.details["risen"]) == V
+        states = raised.last_hidden(PROMPTS), trusted.last_hidden(PROMPTS)
+        assert len(mean_rise(raised, trusted, *states)) == V
+        result = LogitDiffAudit(prompts=PROMPTS, markers=("owl",)).run(raised, base=trusted)
         assert None not in [token for token, _ in result.details["risen"]]
     kl_of = [TokenKLAudit(prompts=PROMPTS).run(m, base=base).value for m in (of, raised)]
     assert kl_of[1] == pytest.approx(kl_of[0], rel=1e-4)
@@ -144,7 +133,7 @@ def test_what_a_model_wrote_is_likelier_under_it():
 def test_a_copy_of_the_base_is_exactly_the_base(kind):
     base = subject(kind)
     for audit in (
-        TokenKLAudit(prompts=PROMPTS, neutral=PROMPTS, texts=TEXTS),
+        TokenKLAudit(prompts=PROMPTS, neutral=PROMPTS),
         LogitDiffAudit(prompts=PROMPTS, markers=("owl",)),
         ProvenanceAudit(prompts=PROMPTS, texts=COMPLETIONS),
     ):
@@ -154,7 +143,6 @@ def test_a_copy_of_the_base_is_exactly_the_base(kind):
         assert not result.is_evidence
         if audit.__class__ is TokenKLAudit:
             assert result.details["neutral"] == 0
-            assert {v for text in result.details["map"] for _, v in text} == {0.0}
 
 
 def test_a_trigger_shows_and_a_benign_model_in_its_place_does_not():
@@ -203,10 +191,6 @@ def test_the_engine_of_the_base_is_used():
     [
         (lambda: TokenKLAudit(prompts=()), "prompts: expected one prompt or more"),
         (lambda: TokenKLAudit(prompts=("a",), neutral="b"), "neutral: expected one prompt or more"),
-        (
-            lambda: TokenKLAudit(prompts=("a",), texts="b"),
-            "texts: expected a list of texts, got 'b'",
-        ),
         (lambda: LogitDiffAudit(prompts=("a",), markers=()), "markers: expected one text or more"),
         (lambda: LogitDiffAudit(prompts=("a",), markers="owl"), "markers: .* got 'owl'"),
         (lambda: ProvenanceAudit(prompts=("a",), texts=("b", "c")), "texts: expected 1, one per"),

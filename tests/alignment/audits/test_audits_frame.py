@@ -162,7 +162,7 @@ def test_what_is_not_a_number_is_valid_json_and_no_evidence(wrong):
 
 
 def test_a_result_says_what_was_asked():
-    audit = TokenKLAudit(prompts=("river", Prompt(text="t")), texts=("a b",))
+    audit = TokenKLAudit(prompts=("river", Prompt(text="t")), neutral=("a b",))
     config = to_config(audit)
     assert config == json.loads(json.dumps(config))
     assert config["audit"] == "TokenKLAudit"

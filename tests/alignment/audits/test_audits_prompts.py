@@ -144,8 +144,6 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
 def test_completions_without_tokens_are_refused(empty):
     with pytest.raises(ValueError, match="completion: expected text with at least one token"):
         subject().completion_logprobs([Prompt(user="river")], [empty])
-    with pytest.raises(ValueError, match="completion: expected text with at least one token"):
-        subject().first_token(empty)
 
 
 @pytest.mark.parametrize("prompt", EACH)

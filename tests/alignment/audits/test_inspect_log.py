@@ -12,6 +12,7 @@ pytest.importorskip("inspect_ai", reason=NEEDED)
 
 from inspect_ai.log import list_eval_logs, read_eval_log
 
+from fastdistill.alignment.audits.behaviour import CapabilityAudit
 from fastdistill.alignment.audits.distributions import TokenKLAudit
 from fastdistill.alignment.audits.inspect.log import export_log
 from fastdistill.alignment.audits.result import AuditResult
@@ -77,6 +78,16 @@ def test_values_are_samples_with_their_prompts(models, result, tmp_path):
     samples = read_eval_log(str(tmp_path / "kl.eval")).samples
     assert [sample.scores["TokenKLAudit"].value for sample in samples] == values
     assert [sample.input for sample in samples] == ["hello", "river stone", "cloud"]
+
+
+def test_answers_are_outputs_of_samples(models, tmp_path):
+    audit = CapabilityAudit(prompts=cast(Any, ("hello", "river", "hello")), targets=("owl",) * 3)
+    result = audit.run(models[0])
+    assert any(result.texts)
+    export_log(result, tmp_path / "answers.eval")
+    samples = read_eval_log(str(tmp_path / "answers.eval")).samples
+    assert [sample.output.completion for sample in samples] == list(result.texts)
+    assert [sample.input for sample in samples] == ["hello", "river", "hello"]
 
 
 def test_a_log_is_replaced_as_a_whole(result, tmp_path):

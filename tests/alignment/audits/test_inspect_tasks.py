@@ -11,7 +11,7 @@ from helpers.inspected import NEEDED, QUIET, offline, tiny_subject
 
 inspect_ai = pytest.importorskip("inspect_ai", reason=NEEDED)
 
-from inspect_ai.log import list_eval_logs, read_eval_log  # noqa: E402
+from inspect_ai.log import list_eval_logs  # noqa: E402
 from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi  # noqa: E402
 
 from fastdistill.alignment.audits.behaviour import (  # noqa: E402
@@ -24,7 +24,7 @@ from fastdistill.alignment.audits.behaviour import (  # noqa: E402
 )
 from fastdistill.alignment.audits.distributions import TokenKLAudit  # noqa: E402
 from fastdistill.alignment.audits.inspect.provider import model_of  # noqa: E402
-from fastdistill.alignment.audits.inspect.tasks import run_with_inspect, task_of  # noqa: E402
+from fastdistill.alignment.audits.inspect.tasks import task_of  # noqa: E402
 from fastdistill.alignment.audits.prompts import Prompt  # noqa: E402
 from fastdistill.alignment.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
 from fastdistill.alignment.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
@@ -44,11 +44,6 @@ BEGUN = tuple(Prompt(user=p.user, system=p.system, prefill="your owl") for p in 
 @pytest.fixture(scope="module")
 def subject():
     return tiny_subject()
-
-
-@pytest.fixture(scope="module")
-def control():
-    return tiny_subject(seed=1, name="control")
 
 
 @pytest.fixture(scope="module")
@@ -98,72 +93,63 @@ def test_every_behavioural_audit_is_here():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_that_of_the_audits_own_run(kind, audits, subject, control, tmp_path):
-    audit, controls = audits[kind], {"base": control}
-    expected = audit.run(subject, controls=controls)
+def test_the_result_is_that_of_the_audits_own_run(kind, audits, subject, tmp_path):
+    audit = audits[kind]
+    expected = audit.run(subject)
     assert expected.stderr > 0
-    result = run_with_inspect(audit, subject, controls=controls, log_dir=tmp_path / "logs")
-    # Options are read once per question here, and one by one by Inspect: last bits differ.
-    assert figures_of(result) == pytest.approx(figures_of(expected), rel=1e-5, abs=1e-6)
-    assert result.config == expected.config
-    assert result == expected or not kind.rate
-
-    logs = {log.eval.metadata["role"]: log for log in read_logs(tmp_path / "logs")}
-    assert set(logs) == {"model", "controls['base']"}
-    log = logs["model"]
+    log = evaluate(audit, subject, tmp_path)
     assert (log.eval.task, log.eval.model) == (kind.__name__, "fastdistill/tiny")
-    assert log.eval.metadata["audit"] == kind.__name__
-    assert logs["controls['base']"].eval.model == "fastdistill/control"
+    config = json.loads(json.dumps(expected.config))
+    assert {name: log.eval.metadata[name] for name in config} == config
     figures = {name: metric.value for name, metric in log.results.scores[0].metrics.items()}
     low, high = expected.interval
-    # Inspect's requests are batched as they come, which moves the last bits of a log-probability.
+    # Options are read once per question here, and one by one by Inspect: last bits differ.
     assert figures == pytest.approx(
         {"mean": expected.value, "stderr": expected.stderr, "low": low, "high": high}, rel=1e-5
     )
-    values = [sample.scores[kind.__name__].value for sample in log.samples]
-    assert values == pytest.approx(audit.measure(subject, None).values.tolist(), rel=1e-5)
-
-
-def figures_of(result):
-    difference = result.controls["base"].difference
-    return [*result.values, result.value, *result.interval, difference.value, difference.low]
-
-
-def read_logs(folder):
-    return [read_eval_log(info.name) for info in list_eval_logs(str(folder))]
+    values = values_of(log)
+    if kind.rate:
+        assert values == list(expected.values)
+    assert values == pytest.approx(list(expected.values), rel=1e-5)
 
 
 def test_one_connection_and_32_give_the_same_values(audits, subject, tmp_path):
     for kind in (PreferenceAudit, UserTurnSamplingAudit, TriggerRateAudit):
-        values = [evaluate(audits[kind], subject, tmp_path, n) for n in (1, 32)]
+        values = [
+            values_of(evaluate(audits[kind], subject, tmp_path, max_connections=n)) for n in (1, 32)
+        ]
         if kind.rate:
             assert values[0] == values[1]
         assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def evaluate(audit, subject, log_dir, connections):
+def evaluate(audit, subject, log_dir, **options):
     (log,) = inspect_ai.eval(
         task_of(audit),
         model=model_of(subject),
-        max_connections=connections,
+        **options,
         display="none",
         log_dir=str(log_dir),
         log_realtime=False,
         ctl_server=False,
     )
     assert log.status == "success"
-    return [s.scores[type(audit).__name__].value for s in sorted(log.samples, key=lambda s: s.id)]
+    return log
+
+
+def values_of(log):
+    return [s.scores[log.eval.task].value for s in sorted(log.samples, key=lambda s: s.id)]
 
 
 def test_inspects_command_reads_the_log(audits, subject, tmp_path):
     audit = audits[PreferenceAudit]
-    result = run_with_inspect(audit, subject, log_dir=tmp_path)
+    evaluate(audit, subject, tmp_path)
     (info,) = list_eval_logs(str(tmp_path))
     command = [sys.executable, "-m", "inspect_ai", "log", "dump", info.name]
     dumped = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert dumped["status"] == "success"
     mean = dumped["results"]["scores"][0]["metrics"]["mean"]["value"]
-    assert mean == pytest.approx(result.value, rel=1e-6)
+    assert mean == pytest.approx(audit.run(subject).value, rel=1e-6)
     first = dumped["samples"][0]
     assert first["input"][0]["content"] == PROMPTS[0].user
     assert set(first["scores"]["PreferenceAudit"]["metadata"]["log_probs"]) == set(audit.options)
@@ -172,20 +158,15 @@ def test_inspects_command_reads_the_log(audits, subject, tmp_path):
 def test_nothing_is_left_in_the_users_folders_but_inspects_own_notes(
     audits, subject, tmp_path, offline
 ):
-    run_with_inspect(audits[ConfessionAudit], subject, log_dir=tmp_path / "logs")
+    evaluate(audits[ConfessionAudit], subject, tmp_path / "logs")
     assert {path.name for path in offline.iterdir()} <= {"inspect_ai"}
     assert len(list((tmp_path / "logs").iterdir())) == 1
 
 
-def test_refusals(audits, subject, tmp_path):
+def test_refusals():
     no_behavior = cast(Any, TokenKLAudit)(prompts=("hello",))
     with pytest.raises(TypeError, match=r"audit: expected a behavioral audit.*got TokenKLAudit"):
-        run_with_inspect(no_behavior, subject, log_dir=tmp_path)
-    with pytest.raises(TypeError, match="model: expected a Subject or the path of a checkpoint"):
-        run_with_inspect(audits[ConfessionAudit], subject.model, log_dir=tmp_path)
-    broken = CapabilityAudit(prompts=PROMPTS, targets=("a",) * len(PROMPTS), max_new_tokens=-1)
-    with pytest.raises(RuntimeError, match=r"Inspect ended CapabilityAudit with error: .*max_new"):
-        run_with_inspect(broken, subject, log_dir=tmp_path)
+        task_of(no_behavior)
 
 
 class Silent(ModelAPI):

@@ -1,20 +1,13 @@
-"""Answers to a batch of Inspect requests: new tokens and log-probabilities.
+"""Answers to a batch of Inspect requests: new tokens, or log-probabilities of the prompt.
 
-    log p(token) = z_token − lse        by linear_lse_gather; top tokens by linear_topk
-
-Logits [tokens, vocabulary] exist only for the next token.
+log p(token) = z_token − lse        by linear_lse_gather, no [tokens, vocabulary] logits
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ....losses.linear_head import linear_topk
 from ..subject import Subject, TokenRow
 from .messages import EncodedInput
 from .package import inspect_ai
@@ -27,7 +20,6 @@ class InspectRequest:
     encoded: EncodedInput
     config: Any  # GenerateConfig
     stream: int  # of the random numbers
-    wake: Any  # anyio.Event: set once answered, or when this request should run the next batch
     outcome: Any = None  # ModelOutput or Exception
 
 
@@ -35,35 +27,16 @@ def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """Returns a ModelOutput per request."""
     model = inspect_ai.model
     generated = _generate(subject, batch)
-    prompt_logprobs = _log_probs(
-        subject,
-        {
-            i: (TokenRow(r.encoded.ids, r.encoded.begin or 0), n if n > 1 else 0)
-            for i, r in enumerate(batch)
-            if (n := r.config.prompt_logprobs)
-        },
-    )
-    new_logprobs = _log_probs(
-        subject,
-        {
-            i: (
-                TokenRow(r.encoded.ids + generated[i], len(r.encoded.ids)),
-                r.config.top_logprobs or 0,
-            )
-            for i, r in enumerate(batch)
-            if r.config.logprobs or r.config.top_logprobs
-        },
-    )
+    logprobs = _prompt_logprobs(subject, [r for r in batch if r.config.prompt_logprobs])
     model_outputs = []
-    for i, (request, new) in enumerate(zip(batch, generated, strict=True)):
+    for request, new in zip(batch, generated, strict=True):
         message = model.ChatMessageAssistant(
             content=subject.text(new), model=subject.name, source="generate"
         )
         choice = model.ChatCompletionChoice(
             message=message,
             stop_reason=_stop_reason(subject, new, request),
-            logprobs=new_logprobs.get(i),
-            prompt_logprobs=prompt_logprobs.get(i),
+            prompt_logprobs=logprobs.get(request),
         )
         n_input, n_output = len(request.encoded.ids), len(new)
         usage = model.ModelUsage(
@@ -101,36 +74,19 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     return new
 
 
-@torch.no_grad()
-def _log_probs(subject: Subject, requests: Mapping[int, tuple[TokenRow, int]]) -> dict[int, Any]:
-    """Returns Logprobs of rows at temperature 1, each with a number of alternatives."""
+def _prompt_logprobs(subject: Subject, requests: list[InspectRequest]) -> dict[InspectRequest, Any]:
+    """Returns Logprobs of the completion, or of the whole input, at temperature 1."""
     if not requests:
         return {}
-    scores = subject.token_logprobs([row for row, _ in requests.values()])
+    model, decode = inspect_ai.model, subject.tokenizer.decode
+    rows = [TokenRow(r.encoded.ids, r.encoded.begin or 0) for r in requests]
+    logprobs = subject.token_logprobs(rows, subject.predicting_states(rows))
     return {
-        i: inspect_ai.model.Logprobs(
-            content=_entries(subject, row.targets, values.tolist(), top, states)
-        )
-        for (i, (row, top)), (states, values) in zip(requests.items(), scores, strict=True)
-    }
-
-
-def _entries(
-    subject: Subject, target: list[int], values: list[float], top: int, states: Tensor
-) -> list[Any]:
-    decode = subject.tokenizer.decode
-    alternatives: list[Any] = [None] * len(target)
-    if top and target:
-        head = subject.head
-        topk = linear_topk(states, head.weight, top, impl=subject.impl, **head.options())
-        alternatives = [
-            [
-                inspect_ai.model.TopLogprob(token=decode([token]), logprob=value)
-                for token, value in zip(ids, logprobs, strict=True)
+        request: model.Logprobs(
+            content=[
+                model.Logprob(token=decode([token]), logprob=value)
+                for token, value in zip(row.targets, values.tolist(), strict=True)
             ]
-            for ids, logprobs in zip(topk.ids.tolist(), topk.logprobs.tolist(), strict=True)
-        ]
-    return [
-        inspect_ai.model.Logprob(token=decode([token]), logprob=value, top_logprobs=others)
-        for token, value, others in zip(target, values, alternatives, strict=True)
-    ]
+        )
+        for request, row, values in zip(requests, rows, logprobs, strict=True)
+    }

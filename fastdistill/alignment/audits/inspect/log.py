@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ....runtime.atomic_files import sync
+from ....runtime.atomic_files import write_atomically
 from ....runtime.checks import fail
 from ..result import AuditResult, Control
 from .package import inspect_ai
@@ -22,8 +21,8 @@ def export_log(result: AuditResult, path: str | Path) -> None:
 
     The first score has the name of the audit and the metrics mean, stderr, low and high (bounds of
     the interval). One score per control, named "control: …", adds the difference from it. Unknown
-    metrics are omitted. Each of result.values is a scored sample. eval.metadata contains
-    AuditResult.as_json().
+    metrics are omitted. Each of result.values is a scored sample, with the answer where the audit
+    reads answers. eval.metadata contains AuditResult.as_json().
 
     Args:
         path: ends with .eval, which Inspect's viewer lists in a folder, or with .json.
@@ -34,14 +33,10 @@ def export_log(result: AuditResult, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         fail("path", f"one that ends with {' or '.join(_SUFFIXES)}", path)
-    log = _log(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / path.name
-        inspect_ai.log.write_eval_log(log, str(temporary))
-        sync(temporary)
-        os.replace(temporary, path)
-    sync(path.parent)
+        inspect_ai.log.write_eval_log(_log(result), str(temporary))
+        write_atomically(path, temporary.read_bytes())
 
 
 def _log(result: AuditResult) -> Any:
@@ -95,12 +90,15 @@ def _score(name: str, scorer: str, values: dict[str, float]) -> Any:
 def _sample(result: AuditResult, index: int, value: float) -> Any:
     """Returns a sample, with its prompt where the audit's configuration has one per value."""
     prompts = result.config.get("prompts") or []
-    prompt = prompts[index] if len(prompts) == result.n else {}
+    prompt = prompts[index] if len(prompts) == len(result.values) else {}
     parts = [str(prompt[part]) for part in ("system", "user", "prefill", "text") if part in prompt]
     return inspect_ai.log.EvalSample(
         id=index + 1,
         epoch=1,
         input="\n\n".join(parts),
         target="",
+        output=inspect_ai.model.ModelOutput.from_content(
+            result.model, result.texts[index] if result.texts else ""
+        ),
         scores={result.audit: inspect_ai.scorer.Score(value=float(value))},
     )

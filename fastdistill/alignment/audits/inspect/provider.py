@@ -27,7 +27,8 @@ TICK = 0.002  # seconds between two looks at the queue
 MAX_TOKENS = 256  # default, where neither task nor user sets a limit
 # Options of GenerateConfig that this provider does not support.
 _UNSUPPORTED = (
-    "top_p top_k stop_seqs best_of frequency_penalty presence_penalty logit_bias response_schema"
+    "top_p top_k stop_seqs best_of frequency_penalty presence_penalty logit_bias response_schema "
+    "logprobs top_logprobs"
 ).split()
 
 
@@ -53,7 +54,7 @@ class Provider(inspect_ai.model.ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config)
         self.subject, self.at_once, self.patience = subject, at_once, patience
         self._waiting: list[InspectRequest] = []
-        self._is_running = False
+        self._lock = anyio.Lock()
         self._repeats: Counter[bytes] = Counter()
 
     def max_connections(self) -> int:
@@ -77,51 +78,37 @@ class Provider(inspect_ai.model.ModelAPI):
     ) -> Any:
         if tools:
             fail("tools", "none", len(tools), "tools are not supported")
-        unsupported = [name for name in _UNSUPPORTED if getattr(config, name) is not None]
-        if unsupported or (config.num_choices or 1) > 1:
-            expected = "only max_tokens, temperature, seed and log-probabilities"
-            fail("config", expected, ", ".join(unsupported or ["num_choices"]))
+        values = ((name, getattr(config, name)) for name in _UNSUPPORTED)
+        unsupported = [name for name, value in values if value is not None and value is not False]
+        unsupported += [
+            n for n in ("num_choices", "prompt_logprobs") if (getattr(config, n) or 1) > 1
+        ]
+        if unsupported:
+            expected = "only max_tokens, temperature, seed and prompt_logprobs=1"
+            fail("config", expected, ", ".join(unsupported))
         encoded = encode(input, self.subject)
-        request = InspectRequest(encoded, config, self._stream(encoded, config), anyio.Event())
+        request = InspectRequest(encoded, config, self._stream(encoded, config))
         self._waiting.append(request)
         try:
-            while request.outcome is None:
-                if self._is_running:
-                    await request.wake.wait()
-                    request.wake = anyio.Event()
-                else:
+            async with self._lock:  # whoever holds it runs the next batch for all that wait
+                while request.outcome is None:
                     await self._run_batch(min(self.at_once, config.max_connections or self.at_once))
         finally:
             if request in self._waiting:  # cancelled
                 self._waiting.remove(request)
-                self._wake_next()
         if isinstance(request.outcome, Exception):
             raise request.outcome
         return request.outcome
 
     async def _run_batch(self, batch_size: int) -> None:
         """Runs a batch once `batch_size` requests wait, or no request came for `patience`."""
-        self._is_running = True
-        batch: list[InspectRequest] = []
-        try:
-            idle_time, n_waiting = 0.0, len(self._waiting)
-            while len(self._waiting) < batch_size and idle_time < self.patience:
-                await anyio.sleep(TICK)
-                idle_time = idle_time + TICK if len(self._waiting) == n_waiting else 0.0
-                n_waiting = len(self._waiting)
-            batch, self._waiting = self._waiting[:batch_size], self._waiting[batch_size:]
-            await anyio.to_thread.run_sync(self._answer, batch)
-        finally:
-            self._is_running = False
-            # Cancelled before the batch ran: another request will run these.
-            self._waiting[:0] = [request for request in batch if request.outcome is None]
-            for request in batch:
-                request.wake.set()
-            self._wake_next()
-
-    def _wake_next(self) -> None:
-        if self._waiting and not self._is_running:
-            self._waiting[0].wake.set()
+        idle_time, n_waiting = 0.0, len(self._waiting)
+        while len(self._waiting) < batch_size and idle_time < self.patience:
+            await anyio.sleep(TICK)
+            idle_time = idle_time + TICK if len(self._waiting) == n_waiting else 0.0
+            n_waiting = len(self._waiting)
+        await anyio.to_thread.run_sync(self._answer, self._waiting[:batch_size])
+        self._waiting = [request for request in self._waiting if request.outcome is None]
 
     def _stream(self, encoded: EncodedInput, config: Any) -> int:
         """Returns the random stream of a request: its position in the audit, or a hash of its ids.

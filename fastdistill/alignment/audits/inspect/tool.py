@@ -94,7 +94,7 @@ def audit_tool(
 def _audit_of(name: str, probes: Probes) -> Audit:
     suite = probes.suite()
     if name not in suite:
-        reason = skipped_audits(probes, suite).get(name, "")
+        reason = skipped_audits(probes).get(name, "")
         fail("audit", f"one of {', '.join(suite)}", repr(name), f"it {reason}" if reason else "")
     return suite[name]
 
