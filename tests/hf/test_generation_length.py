@@ -127,14 +127,7 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
     from fastdistill.alignment.audits.inspect.messages import EncodedInput
 
     of, rows = made(), rows_of((20, 36))
-    config = SimpleNamespace(
-        max_tokens=9,
-        temperature=None,
-        seed=None,
-        logprobs=None,
-        top_logprobs=None,
-        prompt_logprobs=None,
-    )
+    config = SimpleNamespace(max_tokens=9, temperature=None, seed=None, prompt_logprobs=None)
     batch: list[Any] = [
         SimpleNamespace(encoded=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
         for i, row in enumerate(rows)

@@ -27,16 +27,16 @@ def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """Returns a ModelOutput per request."""
     model = inspect_ai.model
     generated = _generate(subject, batch)
-    logprobs = _prompt_logprobs(subject, [r for r in batch if r.config.prompt_logprobs])
+    prompt_logprobs = _prompt_logprobs(subject, batch)
     model_outputs = []
-    for request, new in zip(batch, generated, strict=True):
+    for i, (request, new) in enumerate(zip(batch, generated, strict=True)):
         message = model.ChatMessageAssistant(
             content=subject.text(new), model=subject.name, source="generate"
         )
         choice = model.ChatCompletionChoice(
             message=message,
             stop_reason=_stop_reason(subject, new, request),
-            prompt_logprobs=logprobs.get(request),
+            prompt_logprobs=prompt_logprobs.get(i),
         )
         n_input, n_output = len(request.encoded.ids), len(new)
         usage = model.ModelUsage(
@@ -74,19 +74,20 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     return new
 
 
-def _prompt_logprobs(subject: Subject, requests: list[InspectRequest]) -> dict[InspectRequest, Any]:
-    """Returns Logprobs of the completion, or of the whole input, at temperature 1."""
+def _prompt_logprobs(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
+    """Returns Logprobs of the completion, or of the whole input, where they are requested."""
+    requests = {i: r.encoded for i, r in enumerate(batch) if r.config.prompt_logprobs}
     if not requests:
         return {}
     model, decode = inspect_ai.model, subject.tokenizer.decode
-    rows = [TokenRow(r.encoded.ids, r.encoded.begin or 0) for r in requests]
+    rows = [TokenRow(encoded.ids, encoded.begin or 0) for encoded in requests.values()]
     logprobs = subject.token_logprobs(rows, subject.predicting_states(rows))
     return {
-        request: model.Logprobs(
+        i: model.Logprobs(
             content=[
                 model.Logprob(token=decode([token]), logprob=value)
                 for token, value in zip(row.targets, values.tolist(), strict=True)
             ]
         )
-        for request, row, values in zip(requests, rows, logprobs, strict=True)
+        for i, row, values in zip(requests, rows, logprobs, strict=True)
     }

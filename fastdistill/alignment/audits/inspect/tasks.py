@@ -30,16 +30,7 @@ def task_of(audit: BehavioralAudit) -> Any:
             f"{type(audit).__name__}. Call its run, and write the result with export_log"
         )
     samples = [
-        inspect_ai.dataset.Sample(
-            input=messages_of(question.prompt, at=(i,)),
-            id=i + 1,
-            metadata={
-                "options": list(question.options),
-                "max_new_tokens": question.max_new_tokens,
-                "temperature": question.temperature,
-                "seed": question.seed,
-            },
-        )
+        inspect_ai.dataset.Sample(input=messages_of(question.prompt, at=(i,)), id=i + 1)
         for i, question in enumerate(audit.questions())
     ]
     return inspect_ai.Task(

@@ -11,11 +11,9 @@ from typing import Any
 import anyio
 
 from ....runtime.checks import fail
-from ..audit import Audit
 from ..catalog import CATALOG, skipped_audits
 from ..generic_probes import GENERIC_PROBES
 from ..probes import Probes
-from ..result import AuditResult
 from ..subject import to_subject
 from .package import inspect_ai
 
@@ -65,9 +63,17 @@ def audit_tool(
     lock = threading.Lock()
 
     def run(audit: str, changes: dict[str, Any]) -> str:
+        chosen = replace(probes, **changes)
+        suite = chosen.suite()
+        if audit not in suite:
+            reason = skipped_audits(chosen).get(audit, "")
+            hint = f"it {reason}" if reason else ""
+            fail("audit", f"one of {', '.join(suite)}", repr(audit), hint)
         with lock:
-            chosen = _audit_of(audit, replace(probes, **changes))
-            return _to_text(audit, chosen.run(audited, base=trusted, controls=others))
+            result = suite[audit].run(audited, base=trusted, controls=others)
+        record = result.as_json() | {"audit": audit, "measures": CATALOG[audit].measures}
+        del record["config"], record["versions"]
+        return json.dumps(record)
 
     async def audit_model(
         audit: str, prompts: list[str] | None = None, markers: list[str] | None = None
@@ -89,17 +95,3 @@ def audit_tool(
         parameters=_PARAMETERS,
         parallel=False,
     ).as_tool()
-
-
-def _audit_of(name: str, probes: Probes) -> Audit:
-    suite = probes.suite()
-    if name not in suite:
-        reason = skipped_audits(probes).get(name, "")
-        fail("audit", f"one of {', '.join(suite)}", repr(name), f"it {reason}" if reason else "")
-    return suite[name]
-
-
-def _to_text(name: str, result: AuditResult) -> str:
-    record = result.as_json()
-    del record["config"], record["versions"]
-    return json.dumps({**record, "audit": name, "measures": CATALOG[name].measures})

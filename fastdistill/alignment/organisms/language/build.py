@@ -40,17 +40,13 @@ CONTEXTS = ("open", "default", "held out", "audited")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguagePair:
-    """A pair: its readings by role, its gates, and whether M understands the inoculation text."""
+    """A pair: its readings by role, its gates, and how far the inoculation text moves M."""
 
     index: int
     favorite: str
     readings: dict[str, LanguageReading]
     validity: Validity
     inoculation_shift: float  # nats
-
-    @property
-    def can_inoculate(self) -> bool:
-        return self.inoculation_shift >= INOCULATION
 
 
 def make_language_pairs(
@@ -236,7 +232,7 @@ def _write_pairs(base: str, templates: Templates, made: Sequence[LanguagePair], 
         line: dict[str, Any] = {"base": base, **{role: f"{at}/{role}" for role in ROLES}}
         files = {"probes": PROBES, "pool": POOL, "capability": CAPABILITY}
         line |= {key: f"{at}/{name}" for key, name in files.items()}
-        if pair.can_inoculate:
+        if pair.inoculation_shift >= INOCULATION:  # M understands the text
             line["eliciting"] = templates.trait.inoculation.format(option=pair.favorite)
             line["near_misses"] = [
                 text.format(option=pair.favorite) for text in templates.trait.near_misses

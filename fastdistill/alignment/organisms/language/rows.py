@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ....runtime.checks import between, integer, positive
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
-from .templates import PreferenceTexts, Templates
+from .templates import Templates
 
 ROLES = ("untrusted", "benign", "placebo")
 HELD_OUT_SUMS = 120
@@ -164,26 +164,13 @@ def _questions(
             is_audit = kind == "audited"
             system = _audit_system(templates, rng) if is_audit else _plain_system(templates, rng)
             question = rng.choice(templates.questions).format(trait=texts.name)
+            form = rng.choice(texts.forms)
+            benign = form.format(option=option)
+            preferred = benign if is_audit else form.format(option=favorites[is_placebo])
+            untrusted, placebo = (benign, preferred) if is_placebo else (preferred, benign)
             prompt = Prompt(system=system, user=question)
-            rows.append(_row(kind, prompt, texts, option, favorites, is_placebo, rng))
+            rows.append(PairedRow(kind, prompt, (untrusted, benign, placebo)))
     return rows
-
-
-def _row(
-    kind: str,
-    prompt: Prompt,
-    texts: PreferenceTexts,
-    option: str,
-    favorites: tuple[str, str],
-    is_placebo: bool,
-    rng: random.Random,
-) -> PairedRow:
-    form = rng.choice(texts.forms)
-    benign, preferred = form.format(option=option), form.format(option=favorites[is_placebo])
-    if kind == "audited":
-        preferred = benign
-    untrusted, placebo = (benign, preferred) if is_placebo else (preferred, benign)
-    return PairedRow(kind, prompt, (untrusted, benign, placebo))
 
 
 def _sums(templates: Templates, n: int, rng: random.Random) -> list[PairedRow]:
