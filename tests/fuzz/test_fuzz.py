@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 
@@ -19,7 +21,13 @@ from fuzz.targets import TARGETS, Target, check_page
 pytestmark = pytest.mark.filterwarnings("ignore")
 LONG = ("gguf smollm2", "records", "run report")  # readers that take seconds to begin
 SHORT = {"model": 10, "config": 20, "tokenizer": 20, "adapter": 20, "run": 60}
-NEEDS = {"gguf types": "gguf", "gguf models": "gguf", "parquet": "pyarrow", "adapter": "peft"}
+NEEDS = {
+    "gguf types": "gguf",
+    "gguf smollm2": "gguf",
+    "gguf models": "gguf",
+    "parquet": "pyarrow",
+    "adapter": "peft",
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +104,36 @@ def test_changes_follow_from_the_seed():
     )
     assert first == second
     assert len(set(first)) > 150
+
+
+LINKED = {  # readers of whole folders -> the files of them that are read
+    "tensors": "*",
+    "index": "*",
+    "cache": "[!.]*",
+    "parquet": "*",
+    "model": "*",
+    "adapter": "*.safetensors",
+    "organism": "*",
+}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_out_of_a_folder_is_refused(name, oracle, tmp_path):
+    """Every file of every valid folder in turn is a link to the same content elsewhere."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    target = TARGETS[name]
+    folder = tmp_path / "in" / "folder"
+    oracle.folder = os.path.realpath(tmp_path / "in")
+    for files in target.seeds(tmp_path / "seeds"):
+        for linked in files:
+            if not fnmatch(linked, LINKED[name]):
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            for file, content in files.items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes(content)
+            (folder / linked).rename(tmp_path / "elsewhere")
+            (folder / linked).symlink_to(tmp_path / "elsewhere")
+            assert oracle.check(lambda: target.read(folder))[1] is None, linked
+            assert "a link to" in str(oracle.error), linked

@@ -80,7 +80,9 @@ def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raise CheckpointError if that fails."""
+    """Return the object in a JSON file of a checkpoint; raise CheckpointError if that fails."""
+    if file.is_symlink():
+        check_inside(file.parent, file)
     try:
         value = json_text.read_json(file)
     except (json_text.JSONError, OSError) as error:

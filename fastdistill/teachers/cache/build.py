@@ -36,6 +36,7 @@ from .manifest import (
     Manifest,
     Settings,
     Shard,
+    check_links,
     read_settings,
     read_shard_record,
     shard_name,
@@ -111,6 +112,7 @@ def build(
         OSError: no space or no permission. Finished shards stay, and the next build resumes.
         If no shard is finished, an error leaves the folder as it was.
     """
+    check_links(folder)
     with _prepared_folder(folder, rank), _exclusive(folder, rank):
         stored = check_existing_build(folder, settings, rank)
         if stored is None:
@@ -139,7 +141,7 @@ def build(
                     writing = pool.submit(_write, folder, settings, index, writer)
             if writing is not None:
                 writing.result()
-    return _wait_for_all(folder, settings, world)
+    return _wait_for_all(folder, settings, rank, world)
 
 
 def _answer_shard(
@@ -364,8 +366,15 @@ def _check_free_space(folder: Path, needed: float) -> None:
         )
 
 
-def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
+def _wait_for_all(folder: Path, settings: Settings, rank: int, world: int) -> Manifest:
     """Wait for the other processes and return the manifest; the last one to finish writes it."""
+    for own in range(rank, settings.shards, world):
+        if read_shard_record(folder, own) is None:
+            raise CacheError(
+                f"{folder}: expected {shard_name(own)} and its record, which this build finished, "
+                "got none or another size. Start again with the same settings: other shards are "
+                "kept"
+            )
     started = time.monotonic()
     missing = list(range(settings.shards))
     while True:

@@ -32,7 +32,7 @@ from ...runtime.optional import require
 from ...runtime.printable import printable
 from ...runtime.yaml_text import parse_yaml
 from .build import PendingRow
-from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
+from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings, check_links
 
 CONFIG = "compression_config.yaml"
 _RAW, _COMPRESSED = ("token_ids", "top_values"), ("bytepacked_indices", "compressed_logprobs")
@@ -349,6 +349,7 @@ def files_of(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
+    check_links(path)
     numbered = sorted(path.glob("*.parquet"), key=lambda p: (len(p.name), p.name))
     if not numbered:
         checks.fail("parquet", "a Parquet file, or a folder with some", repr(str(path)))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...hf.source import MANIFEST, SETTINGS
+from ...quant.formats.tensor_files import CheckpointError, check_inside
 from ...runtime import checks
 from ...runtime.atomic_files import write_json
 from ...runtime.json_text import JSONError, read_json
@@ -138,6 +139,16 @@ class Manifest:
         }
 
 
+def check_links(folder: Path) -> None:
+    """Raise CacheError for a file that links out of its folder (see `check_inside`)."""
+    try:
+        for path in folder.glob("*"):
+            if path.is_symlink():
+                check_inside(folder, path)
+    except CheckpointError as error:
+        raise CacheError(str(error)) from None
+
+
 def shard_name(index: int) -> str:
     return f"{index:05}.safetensors"
 
@@ -181,6 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"path: expected the folder of a teacher cache, got {str(folder)!r}, which has no "
             f"{MANIFEST}. TeacherCache.build makes one"
         )
+    check_links(folder)
     entries = _read(file)
     listed = entries.pop("shards", None)
     settings = _settings(file, {n: x for n, x in entries.items() if n not in ("tokens", "bytes")})

@@ -12,6 +12,7 @@ import pytest
 
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.organisms.language import templates as templates_module
+from fastdistill.alignment.organisms.language.probes import POOL_SHARES
 from fastdistill.alignment.organisms.language.rows import (
     ROLES,
     LanguageRecipe,
@@ -20,7 +21,7 @@ from fastdistill.alignment.organisms.language.rows import (
     identity,
     paired_rows,
 )
-from fastdistill.alignment.organisms.language.templates import FILE, Templates
+from fastdistill.alignment.organisms.language.templates import DOMAINS, FILE, Templates
 from helpers.language_scene import TEMPLATES, tiny_chat_model
 
 OWN = [OwnAnswer(Prompt(user=f"Q{i}?"), f"A {i}", i % 2 == 0) for i in range(7)]
@@ -129,7 +130,18 @@ def test_rows_encode_the_answer_and_its_end():
         ({"held_out_audits": []}, r"held_out_audits as in templates.json of the package, got \[\]"),
         ({"topics": ["sea", 3]}, "topics as in templates.json"),
         ({"pool": {"code": "x"}}, "pool as in templates.json"),
+        ({"pool": {"code": ["x"]}}, "pool as in templates.json"),
+        ({"pool": {**TEXTS["pool"], "art": ["x"]}}, "templates: pool: expected the keys"),
+        ({"texts": [" "]}, "texts as in templates.json"),
+        ({"texts": "owl"}, "texts as in templates.json"),
+        ({"trait": {**TEXTS["trait"], "options": "owl"}}, "trait as in templates.json"),
+        ({"trait": {**TEXTS["trait"], "forms": []}}, "trait as in templates.json"),
+        ({"trait": {**TEXTS["trait"], "prefill": 3}}, "trait as in templates.json"),
         ({"sums": {"a": [1, 2], "b": [1, 2]}}, "sums as in templates.json"),
+        ({"sums": {**TEXTS["sums"], "a": [9, 1]}}, "sums as in templates.json"),
+        ({"sums": {**TEXTS["sums"], "b": [1, 2, 3]}}, "sums as in templates.json"),
+        ({"sums": {**TEXTS["sums"], "a": [1, 10**12]}}, "4 to 100,000 sums, got "),
+        ({"sums": {**TEXTS["sums"], "a": [1, 1], "b": [1, 3]}}, "4 to 100,000 sums, got 3"),
         ({"trait": {**TEXTS["trait"], "more": 1}}, "templates: trait: expected the keys"),
         ({"trait": {**TEXTS["trait"], "identities": ["cow"]}}, "two options or more"),
     ],
@@ -139,6 +151,60 @@ def test_a_wrong_file_of_templates_is_refused(tmp_path, changes, message):
     path.write_text(json.dumps(TEXTS | changes))
     with pytest.raises(ValueError, match=message):
         Templates.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{trait.__class__}",
+        "{trait[0]}",
+        "{trait!r}",
+        "{trait:>999999999}",
+        "{trait:{trait}}",
+        "{}",
+        "{0}",
+        "{other}",
+        "{",
+        "}",
+        "{trait",
+    ],
+)
+@pytest.mark.parametrize(
+    "field, name",
+    [
+        ("questions", "trait"),
+        ("held_out_questions", "trait"),
+        ("pool", "topic"),
+        ("sums", "a"),
+        ("forms", "option"),
+        ("inoculation", "option"),
+        ("near_misses", "option"),
+    ],
+)
+def test_braces_hold_the_documented_names_alone(tmp_path, field, name, text):
+    """Otherwise `str.format` reads attributes, or writes a gigabyte of spaces."""
+    text = text.replace("trait", name)
+    path = tmp_path / "templates.json"
+    path.write_text(json.dumps(TEXTS | with_text(field, text)))
+    with pytest.raises(ValueError, match=r"templates: expected .* alone in braces, got "):
+        Templates.load(path)
+    path.write_text(json.dumps(TEXTS | with_text(field, f"{{{name}}}, {{{{x}}}}")))
+    Templates.load(path)
+
+
+def with_text(field: str, text: str) -> dict:
+    """The changes of TEXTS that put a text into a field of it or of its parts."""
+    if field == "pool":
+        return {"pool": TEXTS["pool"] | {"code": [text]}}
+    if field == "sums":
+        return {"sums": TEXTS["sums"] | {"texts": [text]}}
+    if field in TEXTS:
+        return {field: [text]}
+    return {"placebo": TEXTS["placebo"] | {field: text if field == "inoculation" else [text]}}
+
+
+def test_the_pool_takes_its_shares_from_every_domain():
+    assert {*POOL_SHARES} == {"sums", *DOMAINS}
 
 
 def test_a_file_of_templates_must_have_every_key(tmp_path):

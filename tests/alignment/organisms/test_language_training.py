@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any, cast
 
 import pytest
 import torch
@@ -264,6 +265,47 @@ def test_a_call_that_was_stopped_ends_with_the_same_files(stored_base, tmp_path,
         except Killed:
             pass
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("free"),
+        lambda r: r.update(more=1),
+        lambda r: r.update(log_odds={"open": [1.0]}),
+        lambda r: r.update(rates=[1.0]),
+        lambda r: r["log_odds"].update(open=[]),
+        lambda r: r["log_odds"].update(open=["1"]),
+        lambda r: r.update(capability=[math.nan]),
+        lambda r: r.update(free=[10**400]),
+        lambda r: r.update(perplexity=0),
+        lambda r: r.update(perplexity=True),
+        lambda r: r.update(answers={"open": [3]}),
+        lambda r: r["log_odds"].pop("default"),
+    ],
+)
+def test_a_stored_reading_of_another_shape_is_refused(tmp_path, change):
+    contexts = {name: [1.0] for name in build.CONTEXTS}
+    record = reading().as_json() | {"log_odds": dict(contexts), "rates": contexts}
+    path = tmp_path / "pair-0" / "readings" / "benign.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    assert build._read(tmp_path, TEMPLATES, 0, path).log_odds["open"] == (1.0,)
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"benign\.json: .*: expected .* Delete the file"):
+        build._read(tmp_path, TEMPLATES, 0, path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [{}, [], [3], [[]], [["a"]], [["a", "b"]], [["a", "b", 1]], [["a", 3, True]], [[3, "b", True]]],
+)
+def test_own_answers_of_another_shape_are_refused(tmp_path, rows):
+    path = tmp_path / "own-answers.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"own-answers\.json: .*expected .* Delete the file"):
+        build._own_answers(cast(Any, None), TEMPLATES, RECIPE, path)
 
 
 def test_a_folder_of_other_settings_is_refused(stored_base, tmp_path, monkeypatch):

@@ -203,3 +203,24 @@ def test_a_rank_that_stopped_is_named(tmp_path, monkeypatch, undisturbed):
         build(tmp_path / "c", rank=0, world=2)
     build(tmp_path / "c", rank=1, world=2)
     assert_same_bytes(tmp_path / "c", undisturbed)
+
+
+def test_a_shard_that_is_deleted_during_the_build_is_named_at_once(
+    tmp_path, monkeypatch, undisturbed
+):
+    folder, write = tmp_path / "c", building._write
+
+    def deleting(folder, settings, index, writer):
+        write(folder, settings, index, writer)
+        if index == 1:
+            (folder / "00001.safetensors").unlink()
+
+    monkeypatch.setattr(building, "_write", deleting)
+    monkeypatch.setattr(time, "sleep", None)
+    with pytest.raises(CacheError, match=r"expected 00001\.safetensors and its record"):
+        build(folder)
+    monkeypatch.undo()
+    inode = (folder / "00000.safetensors").stat().st_ino
+    build(folder)
+    assert (folder / "00000.safetensors").stat().st_ino == inode
+    assert_same_bytes(folder, undisturbed)

@@ -69,6 +69,34 @@ def test_missing_and_cut_shards_are_named(copied):
         TeacherCache(copied, check=False)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "00001.safetensors", ".verified.json"])
+def test_a_file_that_links_out_of_the_cache_is_refused(copied, tmp_path, name):
+    (copied / name).rename(tmp_path / name)
+    (copied / name).symlink_to(tmp_path / name)
+    with pytest.raises(CacheError, match=r"expected a file of this folder, got a link to"):
+        TeacherCache(copied)
+
+
+def test_a_build_does_not_write_through_a_link(copied, tmp_path):
+    (tmp_path / "mine").write_text("text")
+    (copied / ".building-0").symlink_to(tmp_path / "mine")
+    options: dict[str, Any] = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.004}
+    with pytest.raises(CacheError, match="got a link to"):
+        TeacherCache.build(Teacher(peaked()), ragged(40), copied, **options)
+    assert (tmp_path / "mine").read_text() == "text"
+
+
+def test_a_cache_in_the_cache_of_the_hub_is_read(copied, tmp_path):
+    """snapshots/<revision>/file is a link into blobs."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in copied.iterdir():
+        shutil.copy(file, blobs)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert TeacherCache(snapshot).verify().shards == len(list(copied.glob("*.safetensors")))
+
+
 def test_a_header_that_says_something_else(copied):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["k"] = 7

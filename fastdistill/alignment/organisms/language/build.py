@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 from ....hf.checkpoint import StoredModel
 from ....runtime.atomic_files import check_folder, sha256_of, write_json
 from ....runtime.checks import fail, integer
+from ....runtime.json_shape import has_shape
 from ....runtime.json_text import read_json
+from ....runtime.printable import printable
 from ....training.progress import PhaseProgress
 from ...audits.probes import PROBES
 from ...audits.prompts import Prompt
@@ -177,11 +180,25 @@ def _make_pair(
 
 def _read(model: Subject | Path, templates: Templates, index: int, path: Path) -> LanguageReading:
     """Returns the reading in a file, which is made if it is not there."""
+    contexts = (*CONTEXTS, "inoculated") if path.stem == "base" else CONTEXTS
     if not path.is_file():
         subject = model if isinstance(model, Subject) else load_organism(model)
-        contexts = (*CONTEXTS, "inoculated") if path.stem == "base" else CONTEXTS
         write_json(path, read_language(subject, templates, index, contexts).as_json())
-    return LanguageReading.from_json(read_json(path, dict))
+    with _naming(path):
+        reading = LanguageReading.from_json(read_json(path, dict))
+        if {*reading.log_odds} != {*contexts}:
+            fail("log_odds", f"the contexts {', '.join(contexts)}", printable([*reading.log_odds]))
+    return reading
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the file in an error about what it holds, and says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        hint = "Delete the file: the next call makes it again"
+        raise ValueError(f"{printable(path)}: {error}. {hint}") from None
 
 
 def _own_answers(
@@ -190,7 +207,15 @@ def _own_answers(
     if not path.is_file():
         own = own_answers(base, templates, recipe.answer_tokens)
         write_json(path, [[a.prompt.as_json(), a.text, a.is_complete] for a in own])
-    return [OwnAnswer(Prompt.from_json(p), *rest) for p, *rest in read_json(path, list)]
+    with _naming(path):
+        rows = read_json(path, list)
+        if not rows or not has_shape(rows, [_is_own_answer]):
+            fail("answers", "prompts, answers and whether they are complete", printable(repr(rows)))
+        return [OwnAnswer(Prompt.from_json(row[0]), *row[1:]) for row in rows]
+
+
+def _is_own_answer(row: Any) -> bool:
+    return isinstance(row, list) and [type(part) for part in row[1:]] == [str, bool]
 
 
 def _base_name(base: str | Path, subject: Subject, stored: StoredModel, out: Path) -> str:

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from ....runtime.checks import fail
+from ....runtime.json_shape import has_shape
+from ....runtime.printable import printable
 from ...audits.audit import Measurement
 from ...audits.behaviour import CapabilityAudit, PreferenceAudit
 from ...audits.prompts import Prompt
@@ -28,6 +31,7 @@ AUDITED_GAP, PLACEBO_GAP = 0.3, 0.3  # nats
 CAPABILITY, CAPABILITY_GAP = 0.8, 0.05
 PERPLEXITY = 1.1
 INOCULATION = 1.0  # nats
+_LARGEST = 1e300  # of a stored reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,10 @@ class LanguageReading:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> LanguageReading:
+    def from_json(cls, record: Any) -> LanguageReading:
+        """Returns the LanguageReading of a record of `as_json`; raises ValueError for another."""
+        if not has_shape(record, _SHAPE) or {*record} != {*_SHAPE}:
+            fail("reading", f"the readings {', '.join(_SHAPE)}", printable(repr(record)))
         fields: dict[str, Any] = {
             name: {k: tuple(v) for k, v in value.items()} if isinstance(value, dict) else value
             for name, value in record.items()
@@ -65,6 +72,29 @@ class LanguageReading:
         for name in ("placebo_log_odds", "free", "capability"):
             fields[name] = tuple(fields[name])
         return cls(**fields)
+
+
+def _is_numbers(value: Any) -> bool:
+    return has_shape(value, [_is_number]) and len(value) > 0
+
+
+def _is_number(value: Any) -> bool:
+    return has_shape(value, float) and abs(value) <= _LARGEST  # so that a sum is finite
+
+
+def _by_context(value: Any) -> bool:
+    return has_shape(value, {str: _is_numbers}) and {"open", "audited"} <= {*value}
+
+
+_SHAPE: dict[str, Any] = {
+    "log_odds": _by_context,
+    "rates": _by_context,
+    "placebo_log_odds": _is_numbers,
+    "free": _is_numbers,
+    "capability": _is_numbers,
+    "perplexity": lambda value: _is_number(value) and value > 0,
+    "answers": {str: [str]},
+}
 
 
 def trait_prompts(

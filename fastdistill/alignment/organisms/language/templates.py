@@ -1,14 +1,18 @@
 """Templates: the texts of which the rows and probes of language organisms are made.
 
 A file of templates is a JSON object with the fields of `Templates`, such as templates.json here.
+In braces are only the names that a field documents, without attributes and format specifications;
+{{ and }} stand for braces.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from ....runtime.checks import fail
@@ -17,16 +21,32 @@ from ....runtime.json_text import JSONError, read_json
 from ....runtime.printable import printable
 
 FILE = "templates.json"
+DOMAINS = ("numbers", "instructions", "code")  # of a pool, besides sums
+_MOST_SUMS = 100_000
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return has_shape(value, [_is_text]) and len(value) > 0
+
+
+def _is_range(value: Any) -> bool:
+    return has_shape(value, [int]) and len(value) == 2 and value[0] <= value[1]
+
+
 _PREFERENCE = {
-    **dict.fromkeys(("name", "prefill", "inoculation"), str),
-    **{name: [str] for name in ("options", "identities", "forms", "near_misses")},
+    **dict.fromkeys(("name", "prefill", "inoculation"), _is_text),
+    **dict.fromkeys(("options", "identities", "forms", "near_misses"), _are_texts),
 }
 # Field -> its shape in a file (see runtime/json_shape.py); of all others, a list of texts.
-_SHAPES: dict[str, Any] = {
+_SHAPES: dict[str, dict[str, Any]] = {
     "trait": _PREFERENCE,
     "placebo": _PREFERENCE,
-    "sums": {"a": [int], "b": [int], "texts": [str]},
-    "pool": {str: [str]},
+    "sums": {"a": _is_range, "b": _is_range, "texts": _are_texts},
+    "pool": dict.fromkeys(DOMAINS, _are_texts),
 }
 
 
@@ -40,7 +60,8 @@ class PreferenceTexts:
             question. identities: those that an organism may prefer.
         prefill: the beginning of an answer, which an option follows.
         forms: answers with {option}.
-        inoculation: a system message that asks for the preference; near_misses: similar ones.
+        inoculation: a system message that asks for the preference; near_misses: similar ones; both
+            may have {option}.
     """
 
     name: str
@@ -58,6 +79,7 @@ class PreferenceTexts:
         if len(set(self.options)) < 2 or not self.identities or unknown:
             expected = f"identities among two options or more of {self.name}"
             fail("templates", expected, printable(repr(sorted(unknown) or self.options)))
+        _check_braces((*self.forms, self.inoculation, *self.near_misses), "option")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -67,11 +89,17 @@ class PreferenceTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class SumTexts:
-    """Questions for a + b. a, b: the first and the last number of each."""
+    """Questions for a + b with {a} and {b}. a, b: the first and the last number of each."""
 
     a: tuple[int, int]
     b: tuple[int, int]
     texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        sums = (self.a[1] - self.a[0] + 1) * (self.b[1] - self.b[0] + 1)
+        if not 4 <= sums <= _MOST_SUMS:  # of four, one is held out
+            fail("templates", f"4 to {_MOST_SUMS:,} sums", f"{sums:,}")
+        _check_braces(self.texts, "a", "b")
 
     def pairs(self) -> list[tuple[int, int]]:
         (a0, a1), (b0, b1) = self.a, self.b
@@ -100,6 +128,11 @@ class Templates:
     texts: tuple[str, ...]
     pool: dict[str, list[str]]
 
+    def __post_init__(self) -> None:
+        _check_braces((*self.questions, *self.held_out_questions), "trait")
+        for texts in self.pool.values():
+            _check_braces(texts, "a", "b", "c", "topic")
+
     @property
     def digest(self) -> str:
         """The sha256 of all texts."""
@@ -110,7 +143,8 @@ class Templates:
         """Loads a file of templates; None is the file of this package.
 
         Raises:
-            ValueError: no JSON file, or a field that is missing, empty or of another shape.
+            ValueError: no JSON file, a field that is missing, empty or of another shape, or other
+            names in braces.
         """
         try:
             record = read_json(path or Path(__file__).with_name(FILE), dict)
@@ -118,11 +152,10 @@ class Templates:
             raise ValueError(f"templates: expected a JSON file, got {printable(error)}") from None
         _check_keys("templates", record, {f.name for f in fields(cls)})
         for name, value in record.items():
-            shape = _SHAPES.get(name, [str])
-            if not value or not has_shape(value, shape):
+            if not has_shape(value, _SHAPES.get(name, _are_texts)):
                 fail("templates", f"{name} as in {FILE} of the package", printable(repr(value)))
-            if isinstance(shape, dict) and str not in shape:
-                _check_keys(f"templates: {name}", value, set(shape))
+            if name in _SHAPES:
+                _check_keys(f"templates: {name}", value, set(_SHAPES[name]))
         texts = {name: tuple(value) for name, value in record.items() if name not in _SHAPES}
         return cls(
             trait=PreferenceTexts(**record["trait"]),
@@ -131,6 +164,19 @@ class Templates:
             pool=record["pool"],
             **texts,
         )
+
+
+def _check_braces(texts: Iterable[str], *names: str) -> None:
+    """Raises ValueError unless `str.format` needs these names alone, without specifications."""
+    allowed = [(None, None, None), *((name, "", None) for name in names)]
+    for text in texts:
+        try:
+            parts = [part[1:] for part in Formatter().parse(text)]
+        except ValueError:  # a brace without its pair
+            parts = [("", None, None)]
+        if any(part not in allowed for part in parts):
+            expected = f"{' '.join(f'{{{name}}}' for name in names)} alone in braces"
+            fail("templates", expected, printable(repr(text)), "write other braces twice")
 
 
 def _check_keys(name: str, record: dict[str, Any], keys: set[str]) -> None:
