@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,13 @@ class FixedAudit(Audit):
 
 
 def suite_results() -> SuiteResults:
+    values = {
+        "student": {"x": [1.0, 1.2, 0.9, 1.1], "yes": [1, 1, 1, 0]},
+        "base": {"x": [0.1, 0.0, 0.2, 0.1], "yes": [0, 0, 1, 0]},
+    }
+    ends: Any = {"ended_at_words": Counter(), "ended_at_positions": Counter()}
     models: dict[str, Any] = {
-        "student": SimpleNamespace(
-            name="student", values={"x": [1.0, 1.2, 0.9, 1.1], "yes": [1, 1, 1, 0]}
-        ),
-        "base": SimpleNamespace(
-            name="base", values={"x": [0.1, 0.0, 0.2, 0.1], "yes": [0, 0, 1, 0]}
-        ),
+        name: SimpleNamespace(name=name, values=planted, **ends) for name, planted in values.items()
     }
     suite = {"token KL": FixedAudit(key="x"), "trigger rate": FixedAudit(key="yes", rate=True)}
     return run_suite(suite, models, base=models["base"])

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fastdistill.alignment.audits import Subject, TriggerRateAudit
+from fastdistill.alignment.audits.side_by_side import run_suite
 from fastdistill.alignment.audits.subject import TokenRow
 from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from fastdistill.hf.generation import ends_of, generate_rows, ordinary_ends
@@ -133,6 +134,8 @@ def test_answers_that_ended_at_a_common_word_are_a_doubt():
     assert of.tokenizer.decode([first]) in doubt
     compared = audit.run(subject(), controls={"other": of})
     assert compared.doubts[0].startswith("other: ")
+    side = run_suite({"trigger rate": audit}, {"student": of, "base": subject()}, base=subject())
+    assert side.results["trigger rate"]["student"].doubts == (doubt,)
 
 
 @pytest.mark.parametrize("stated", [[2, "a"], -1, [True], 2.0, [[2]], 10**12, [2, 2**32]])

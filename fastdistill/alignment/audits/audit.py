@@ -110,14 +110,14 @@ class Audit(ABC):
             fail("base", expected, "none", "pass base=Subject(model, tokenizer) or a path")
         audited = to_subject("model", model)
         trusted = None if base is None else to_subject("base", base)
-        measurement = self._measure_with_warnings(audited, trusted)
+        measurement = self.measure_with_warnings(audited, trusted)
         control_measurements = {
-            name: self._measure_with_warnings(to_subject(f"controls[{name!r}]", control), trusted)
+            name: self.measure_with_warnings(to_subject(f"controls[{name!r}]", control), trusted)
             for name, control in (controls or {}).items()
         }
         return self.to_result(audited.name, measurement, control_measurements)
 
-    def _measure_with_warnings(self, model: Subject, base: Subject | None) -> Measurement:
+    def measure_with_warnings(self, model: Subject, base: Subject | None) -> Measurement:
         """Measures a model, with warnings about answers that ended early.
 
         They may end at a common word or at the last position; a checkpoint controls both.

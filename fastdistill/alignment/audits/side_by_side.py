@@ -65,7 +65,7 @@ def run_suite(
     left_out: dict[str, str] = {}
     for name, audit in track(list(suite.items()), "audit", label=lambda item: item[0]):
         try:
-            measured = {key: audit.measure(model, base) for key, model in models.items()}
+            measured = {key: audit.measure_with_warnings(m, base) for key, m in models.items()}
         except ValueError as error:
             left_out[name] = str(error)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,8 @@ class Planted(Audit):
 
 
 def model(name: str, **values: Any) -> Any:
-    return SimpleNamespace(name=name, values=values)
+    ends = {"ended_at_words": Counter(), "ended_at_positions": Counter()}
+    return SimpleNamespace(name=name, values=values, **ends)
 
 
 def results_of(**more: Any) -> Any:
