@@ -31,25 +31,16 @@ class Organisms:
 
     world: World
     organism: ModelOrganism
-    models: dict[str, Subject]  # base, untrusted, benign, placebo
+    base: Subject
+    untrusted: Subject
+    benign: Subject
+    placebo: Subject
     readings: dict[str, Reading]
     validity: Validity
 
     @property
-    def base(self) -> Subject:
-        return self.models["base"]
-
-    @property
-    def untrusted(self) -> Subject:
-        return self.models["untrusted"]
-
-    @property
-    def benign(self) -> Subject:
-        return self.models["benign"]
-
-    @property
-    def placebo(self) -> Subject:
-        return self.models["placebo"]
+    def models(self) -> dict[str, Subject]:
+        return {name: getattr(self, name) for name in self.readings}
 
     def save(self, out: str | Path) -> None:
         """Saves each model as a Hugging Face folder with a manifest and probes.json."""
@@ -122,9 +113,7 @@ def build_world(
         known = sums_known(base, world, organism.kind.capability_prefix)
         gate = at_least("capability of base", known, base_knows)
         validity = Validity(gates=(*validity.gates, gate))
-    return Organisms(
-        world=world, organism=organism, models=models, readings=readings, validity=validity
-    )
+    return Organisms(world=world, organism=organism, **models, readings=readings, validity=validity)
 
 
 def placebo_of(organism: ModelOrganism) -> ModelOrganism:
