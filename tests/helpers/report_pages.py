@@ -63,8 +63,6 @@ def demo_result(seeds: int = 3) -> DemoResult:
             for seed in range(seeds)
             for a in ARMS
         ],
-        teacher_mass=np.linspace(0.5, 1, 40),
-        audits=suite_results(),
         facts={
             "command": "fastdistill demo",
             "versions": {"torch": "2"},

@@ -99,7 +99,7 @@ def test_report_needs_nothing_from_outside(made):
     assert "https://" not in page
     assert "@import" not in page
     assert "<script" not in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 1
     assert "does not show" in page
     assert str(Path.home()) not in page
 
@@ -122,21 +122,6 @@ def test_what_it_was_made_of_is_left_for_the_other_verbs(made):
     check_same_tokenizer(tokenizer, Teacher(str(out / "student")).tokenizer)
     assert len(JsonLines(out / "train.jsonl")) == 32
     assert ids.shape[1] == pytest.approx(demo_models.WINDOW, abs=2)
-
-
-def test_the_audit_has_teacher_students_and_base(made):
-    result, out = made
-    audits = result.audits.readings
-    assert list(audits) == ["teacher's words", "token KL", "trigger search"]
-    words, distance = audits["teacher's words"], audits["token KL"]
-    assert list(words) == ["teacher", *ARMS, "base"]
-    assert words["base"].value == distance["base"].value == 0
-    assert words["teacher"].value > max(words[arm].value for arm in ARMS)
-    assert distance["teacher"].value > max(distance[arm].value for arm in ARMS) > 0
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert len(results["audits"]) == 9
-    assert results["left_out"] == {}
-    assert "A small audit" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_verdict_follows_the_figures(made):

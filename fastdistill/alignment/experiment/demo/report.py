@@ -1,20 +1,19 @@
-"""The demo's report: a table, three figures and limitations."""
+"""The demo's report: a figure, a table and limitations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from ....report import Report
-from ....report.number_format import COLORS, GRAY, RC, wrap_label
+from ....report.number_format import COLORS, RC
 from ....runtime.intervals import Estimate
-from ...report.audit_page import cell
 from .result import ARMS, METRICS, DemoResult
 
-_COLOR = {"distilled": COLORS[0], "labels only": COLORS[1], "teacher": GRAY}
+_COLOR = dict(zip(ARMS, COLORS, strict=False))
 _HEADER = ("held-out text", "teacher", "distilled", "labels only", "difference")
 
 
@@ -25,7 +24,7 @@ def table_rows(result: DemoResult) -> list[tuple[str, ...]]:
         cells = [
             result.estimates.get(f"{name}/{column}") for column in ("teacher", *ARMS, "difference")
         ]
-        texts = [_cell(cell, name, signed=i == 3) for i, cell in enumerate(cells)]
+        texts = [cell_of(cell, name, signed=i == 3) for i, cell in enumerate(cells)]
         rows.append((metric.title, *texts))
     return rows
 
@@ -51,16 +50,27 @@ def verdict(result: DemoResult) -> str:
 
 def print_table(result: DemoResult, console: Any) -> None:
     """Print the result table and the conclusion."""
+    print_rows(console, "fastdistill demo", _HEADER, table_rows(result), verdict(result))
+
+
+def print_rows(
+    console: Any,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    conclusion: str,
+) -> None:
+    """Print a table and a sentence."""
     from rich.table import Table
 
-    table = Table(title="fastdistill demo", title_justify="left", box=None, pad_edge=False)
-    for index, name in enumerate(_HEADER):
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(header):
         # Numbers are never cut: in 80 columns, the names of the rows wrap.
         table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
-    for row in table_rows(result):
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(verdict(result), soft_wrap=True)
+    console.print(conclusion, soft_wrap=True)
 
 
 def demo_report(result: DemoResult) -> Report:
@@ -73,20 +83,7 @@ def demo_report(result: DemoResult) -> Report:
             alt="Training NLL over steps, for every seed of both kinds of student",
             caption="Training NLL by step, one line per seed.",
         )
-        report.table(_HEADER, table_rows(result), caption=_caption(result))
-        report.picture(
-            _bars(result),
-            alt="Held-out metrics of the teacher and of both kinds of students",
-            caption="Held-out text. Bars are means over seeds, whiskers 95 % intervals, dots the "
-            "single seeds; the teacher's interval is over documents.",
-        )
-        report.picture(
-            _mass(result),
-            alt="Histogram of the share of teacher probability inside its top k",
-            caption=f"Teacher probability inside its top {facts['k']} tokens, by position. "
-            "The student receives the rest as a single value.",
-        )
-    _add_audits(report, result)
+    report.table(_HEADER, table_rows(result), caption=_caption(result))
     with report.folded("What was compared"):
         report.paragraph(
             f"Text: {facts['text']}. Per seed, two students of {facts['student_parameters']:,} "
@@ -122,25 +119,6 @@ def demo_report(result: DemoResult) -> Report:
     return report
 
 
-def _add_audits(report: Report, result: DemoResult) -> None:
-    readings = result.audits.readings
-    models = list(next(iter(readings.values())))
-    report.heading("A small audit")
-    report.table(
-        ("audit", *models),
-        [(name, *map(cell, row.values())) for name, row in readings.items()],
-        caption="Nats, with 95 % intervals over prompts. Teacher's words: log-likelihood ratio "
-        "per token of the teacher's text to the base. Token KL: from the base. Trigger search: "
-        "effect of the strongest candidate word minus that of the median one.",
-    )
-    with report.folded("What was audited"):
-        report.paragraph(
-            "The teacher, the two students of the first seed, and the base, their common initial "
-            "weights. This teacher hides nothing. The audits test whether a student resembles its "
-            "teacher beyond the text, and whether a trigger word changes a model."
-        )
-
-
 def _caption(result: DemoResult) -> str:
     facts = result.facts["setting"]
     n = result.estimates["nll/difference"].n
@@ -151,10 +129,11 @@ def _caption(result: DemoResult) -> str:
     )
 
 
-def _cell(estimate: Estimate | None, name: str, *, signed: bool) -> str:
+def cell_of(estimate: Estimate | None, metric: str, *, signed: bool = False) -> str:
+    """Return a value with half the width of its interval, in nats or percent."""
     if estimate is None:
         return "—"
-    share = name in ("top1", "agreement")
+    share = metric in ("top1", "agreement")
     digits, factor, unit = (1, 100.0, " %") if share else (3, 1.0, "")
     text = f"{estimate.value * factor:{'+' if signed else ''}.{digits}f}"
     if estimate.known:
@@ -173,37 +152,4 @@ def _curves(result: DemoResult) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("training NLL (nats per token)")
     axes.legend()
-    return figure
-
-
-def _bars(result: DemoResult) -> Figure:
-    names = ("bits_per_byte", "top1", "agreement", "kl")
-    figure = Figure(figsize=(7, 2.6))
-    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        columns = [c for c in ("teacher", *ARMS) if f"{name}/{c}" in result.estimates]
-        for x, column in enumerate(columns):
-            estimate = result.estimates[f"{name}/{column}"]
-            axes.bar(x, estimate.value, width=0.7, color=_COLOR[column], alpha=0.85)
-            if estimate.known:
-                error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-                axes.errorbar(x, estimate.value, yerr=error, color="black", capsize=3, lw=1)
-            dots = [run.metrics[name] for run in result.runs if run.arm == column]
-            axes.scatter([x] * len(dots), dots, s=8, color="black", zorder=3)
-        axes.set_title("\n".join(wrap_label(METRICS[name].title, 20, 2)))
-        axes.set_xticks([])
-    handles = [Patch(color=_COLOR[c], alpha=0.85, label=c) for c in ("teacher", *ARMS)]
-    figure.tight_layout()
-    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=3)
-    return figure
-
-
-def _mass(result: DemoResult) -> Figure:
-    figure = Figure(figsize=(7, 2.2))
-    axes = figure.subplots()
-    axes.hist(result.teacher_mass, bins=[i / 40 for i in range(41)], color=_COLOR["distilled"])
-    mean = float(result.teacher_mass.mean())
-    axes.axvline(mean, color="black", lw=1)
-    axes.annotate(f"mean {mean:.3f} ", (mean, axes.get_ylim()[1]), ha="right", va="top")
-    axes.set_xlabel("covered teacher mass")
-    axes.set_ylabel("positions")
     return figure

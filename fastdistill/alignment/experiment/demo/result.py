@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ....runtime.intervals import Estimate
 from ....teachers.local import Teacher
-from ...audits.side_by_side import SuiteResults
 from .corpus import Windows
 
 ARMS = ("distilled", "labels only")
@@ -57,28 +55,25 @@ class DemoResult:
 
     Attributes:
         estimates: by name ("nll/distilled", "nll/difference", "nll/teacher", ...).
-        teacher_mass: teacher probability inside its top k, by held-out position.
-        audits: of the teacher, the students of the first seed, and their base.
         cache_seconds: of the teacher's answers on all windows.
     """
 
     estimates: dict[str, Estimate]
     runs: list[DemoRun]
-    teacher_mass: np.ndarray
-    audits: SuiteResults
     facts: dict[str, Any]
     cache_seconds: float
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        rows = [
-            {
-                "name": name,
-                "value": estimate.value,
-                "interval": estimate.interval,
-                "n": estimate.n,
-            }
-            for name, estimate in self.estimates.items()
-        ]
-        seconds = round(self.seconds, 1)
-        return {"rows": rows, "seconds": seconds, **self.audits.as_json(), **self.facts}
+        rows = [json_row(name, estimate) for name, estimate in self.estimates.items()]
+        return {"rows": rows, "seconds": round(self.seconds, 1), **self.facts}
+
+
+def json_row(name: str, estimate: Estimate) -> dict[str, Any]:
+    """Return a row of results.json."""
+    return {
+        "name": name,
+        "value": estimate.value,
+        "interval": estimate.interval,
+        "n": estimate.n,
+    }

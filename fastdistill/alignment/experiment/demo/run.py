@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability as cpu_capability
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ....runtime.atomic_files import check_folder, write_json
@@ -33,7 +33,6 @@ from ....training.loss import EVAL_COLUMNS
 from ....training.progress import PhaseProgress
 from ....training.trainer import DistillTrainer
 from . import corpus
-from .audit import audit_models
 from .corpus import Corpus, Windows
 from .files import save_files
 from .models import (
@@ -83,16 +82,12 @@ def run_demo(
         with one_thread():
             cache, cache_seconds = _build_cache(setting, temporary, k)
             with PhaseProgress() as progress:
-                trained = [
+                runs = [
                     _run(arm, seed, setting, cache, sizes, progress)
                     for seed in range(seeds)
                     for arm in ARMS
                 ]
                 teacher_sums = _held_out_sums(setting.teacher.model, setting, cache, k)
-                students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
-                audits = audit_models(setting, students)
-        covered = cache.topk(setting.held_out.ids, k=k).logprobs[:, :-1].exp().sum(-1)
-    runs = [run for run, _ in trained]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
         estimates={
@@ -100,8 +95,6 @@ def run_demo(
             **_teacher_estimates(teacher_sums, setting.held_out),
         },
         runs=runs,
-        teacher_mass=covered.flatten().numpy(),
-        audits=audits,
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
             "versions": versions(),
@@ -188,7 +181,7 @@ def _run(
     cache: TeacherCache,
     sizes: dict[str, int],
     progress: PhaseProgress,
-) -> tuple[DemoRun, PreTrainedModel]:
+) -> DemoRun:
     trained = train_model(
         new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),
         setting.train.ids,
@@ -206,10 +199,9 @@ def _run(
         * _unit(name, setting.held_out)
         for name, metric in METRICS.items()
     }
-    run = DemoRun(
+    return DemoRun(
         arm=arm, seed=seed, history=trained.history, seconds=trained.seconds, metrics=metrics
     )
-    return run, trained.model
 
 
 def _held_out_sums(

@@ -16,6 +16,7 @@ from .....runtime.backend import versions
 from .....runtime.checks import integer
 from .....runtime.intervals import Estimate, mean_of_runs, paired_difference
 from .....training.progress import PhaseProgress
+from ..result import json_row
 from .models import LAYERS, first_student, teacher_file
 from .runs import BATCH, LABELS, TOP_K, K, Setting, StudentRun, measure, samples
 from .setting import measure_costs, open_setting, steps_at_equal_time
@@ -85,10 +86,10 @@ class Comparison:
                 for arm in (TOP_K.name, LABELS.name):
                     for step in self.steps_of(arm):
                         name = f"{kind}/{figure}/{arm}/{step} steps"
-                        rows.append(_row(name, self.estimate(arm, step, kind, figure)))
+                        rows.append(json_row(name, self.estimate(arm, step, kind, figure)))
                 for name, step in (("steps", self.steps), ("time", self.equal_time)):
                     estimate = self.difference(step, kind, figure)
-                    rows.append(_row(f"{kind}/{figure}/difference at equal {name}", estimate))
+                    rows.append(json_row(f"{kind}/{figure}/difference at equal {name}", estimate))
         return {
             "rows": rows,
             "start": self.start,
@@ -98,15 +99,6 @@ class Comparison:
             "seconds": round(self.seconds, 1),
             **self.facts,
         }
-
-
-def _row(name: str, estimate: Estimate) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": estimate.value,
-        "interval": estimate.interval,
-        "n": estimate.n,
-    }
 
 
 def run_comparison(*, out: str | Path, seeds: int = 2, steps: int = 32) -> Comparison:

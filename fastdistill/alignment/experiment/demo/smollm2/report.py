@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import matplotlib
 
 from .....report import Report
 from .....report.number_format import RC
-from .....runtime.intervals import Estimate
+from .....runtime.intervals import mean_of_runs
+from ..report import cell_of, print_rows
 from .demo import KINDS, Comparison, seconds_of
 from .picture import Curve, Panel, draw
 from .runs import LABELS, TOP_K
@@ -17,7 +17,6 @@ from .runs import LABELS, TOP_K
 _HEADER = ("held out", "teacher", "top-k KL", "labels, equal steps", "labels, equal time")
 _TITLES = {
     "nll": "nats per token",
-    "perplexity": "perplexity",
     "kl": "KL(teacher ‖ student), nats",
     "agreement": "same top token as the teacher",
     "top1": "top-1 accuracy",
@@ -54,17 +53,16 @@ def table_rows(result: Comparison) -> list[tuple[str, ...]]:
     for kind, title in KINDS.items():
         name = title.removeprefix("Held-out ")
         for figure, unit in _TITLES.items():
-            source = "nll" if figure == "perplexity" else figure
-            cells = [result.estimate(arm, n, kind, source) for arm, n in columns]
-            teacher = result.teacher[kind][source] if source in ("nll", "top1") else math.nan
-            at_teacher = Estimate(value=teacher, low=math.nan, high=math.nan, n=1)
-            texts = [_cell(cell, figure) for cell in (at_teacher, *cells)]
+            teacher = mean_of_runs([result.teacher[kind][figure]])
+            estimates = [result.estimate(arm, n, kind, figure) for arm, n in columns]
+            at_teacher = cell_of(teacher, figure) if figure in ("nll", "top1") else ""
+            texts = [at_teacher, *(cell_of(estimate, figure) for estimate in estimates)]
             rows.append((f"{name}: {unit}", *texts))
     for what, step in (("steps", result.steps), ("time", result.equal_time)):
         for kind, title in KINDS.items():
             difference = result.difference(step, kind, "nll")
             name = f"{title.removeprefix('Held-out ')}: top-k KL − labels, equal {what}"
-            rows.append((name, "", _cell(difference, "nll", signed=True), "", ""))
+            rows.append((name, "", cell_of(difference, "nll", signed=True), "", ""))
     costs = [seconds_of(result.costs, arm, n) for arm, n in columns]
     rows.append(("CPU seconds, with the teacher's answers", "", *(f"{s:,.0f}" for s in costs)))
     return rows
@@ -72,15 +70,7 @@ def table_rows(result: Comparison) -> list[tuple[str, ...]]:
 
 def print_comparison(result: Comparison, console: Any) -> None:
     """Print the table and the conclusion."""
-    from rich.table import Table
-
-    table = Table(title="fastdistill demo: SmolLM2", title_justify="left", box=None, pad_edge=False)
-    for index, name in enumerate(_HEADER):
-        table.add_column(name, justify="right" if index else "left", no_wrap=False)
-    for row in table_rows(result):
-        table.add_row(*row)
-    console.print(table)
-    console.print(verdict(result), soft_wrap=True)
+    print_rows(console, "fastdistill demo: SmolLM2", _HEADER, table_rows(result), verdict(result))
 
 
 def comparison_report(result: Comparison) -> Report:
@@ -167,16 +157,3 @@ def _add_setting(report: Report, result: Comparison) -> None:
         f"{result.seconds:.0f} s on {result.facts['machine']}.",
         result.facts["versions"],
     )
-
-
-def _cell(estimate: Estimate, figure: str, *, signed: bool = False) -> str:
-    if math.isnan(estimate.value):
-        return ""
-    if figure == "perplexity":
-        return f"{math.exp(min(estimate.value, 700.0)):,.1f}"
-    share = figure in ("top1", "agreement")
-    digits, factor, unit = (1, 100.0, " %") if share else (3, 1.0, "")
-    text = f"{estimate.value * factor:{'+' if signed else ''}.{digits}f}"
-    if estimate.known:
-        text += f" ± {(estimate.high - estimate.low) / 2 * factor:.{digits}f}"
-    return text + unit
