@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MultipleLocator
 
@@ -29,9 +30,7 @@ from ...report.number_format import (
 )
 from .arms import CAPABLE, SAFE, Arm
 
-_WIDTH, _HEIGHT = 5.4, 4.0  # inches: 8.5 points are still 8 pixels on a phone
-_LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 1.6, 0.48, 0.12  # margins; the arms' names are on the right
-_LINE = 0.145  # inches from one line of a name to the next
+_SIZE = 5.4, 4.0  # inches: 8.5 points are still 8 pixels on a phone
 _LABELS = 6  # arms with a name and a color; the others are gray
 
 
@@ -42,20 +41,17 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     verdict. The region of success is shaded in a valid experiment.
     """
     named = labelled(arms)
-    labels = [[*wrap_label(arm.name, 18), f"n = {arm.n}"] for arm in named]
-    room = _LINE * sum(len(lines) + 0.6 for lines in labels)
-    height = max(_HEIGHT, room + _BOTTOM + _TOP)
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(_WIDTH, height))
-        size = (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (height - _BOTTOM - _TOP) / height
-        axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, *size))
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
         _draw_axes(axes, valid)
         for arm in arms:
             if arm not in named:
                 _draw_arm(axes, arm, GRAY, "o")
         for i, arm in enumerate(named):
             _draw_arm(axes, arm, *style(i))
-        _draw_labels(axes, named, labels, (HIGHEST - LOWEST) * _LINE / (height - _BOTTOM - _TOP))
+        handles = [_legend_entry(arm, *style(i)) for i, arm in enumerate(named)]
+        figure.legend(handles=handles, loc="outside right center")
     return figure
 
 
@@ -88,25 +84,12 @@ def quadrant_notes(arms: Sequence[Arm]) -> str:
         "Each small mark is one seed (a student of U and its benign twin), each large mark an arm. "
         "Whiskers are 95 % intervals: bootstrap of base seeds together with their student seeds "
         "and prompts; n counts base seeds. An arm with one base seed has no interval. "
-        f"Seeds drawn: {counts}."
+        f"Open triangles mark values outside the axes. Seeds drawn: {counts}."
     ]
     if len(arms) > _LABELS:
         sentences.append(f"Gray: the {len(arms) - _LABELS} arms without a name.")
-    off_axes = [
-        f"{arm.name} (C {format_number(seed.capability)}, τ {format_number(seed.tau)})"
-        for arm in arms
-        for seed in arm.transfer.per_seed
-        if is_off_axes(seed.capability) or is_off_axes(seed.tau)
-    ]
-    if off_axes:
-        omitted = f" and {len(off_axes) - 6} more" if len(off_axes) > 6 else ""
-        sentences.append(
-            f"Open triangles mark seeds outside the axes: {'; '.join(off_axes[:6])}{omitted}."
-        )
     undefined = sum(
-        math.isnan(seed.capability) or math.isnan(seed.tau)
-        for arm in arms
-        for seed in arm.transfer.per_seed
+        math.isnan(seed.capability + seed.tau) for arm in arms for seed in arm.transfer.per_seed
     )
     if undefined:
         sentences.append(f"Not drawn: {undefined} seeds, for which a ratio is undefined.")
@@ -166,48 +149,7 @@ def _draw_mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **opti
         axes.scatter(x, y, marker=shape, **({"facecolors": color, "edgecolors": color} | options))
 
 
-def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float) -> None:
-    """Draws the names to the right of the plot, in the order of τ and close to their marks."""
-    points = [(arm.capability.value, arm.tau.value) for arm in arms]
-    drawn = [i for i, (c, tau) in enumerate(points) if not math.isnan(c + tau)]
-    absent = [i for i in range(len(arms)) if i not in drawn]
-    order = absent + sorted(drawn, key=lambda i: points[i][1])
-    heights = [line * (len(labels[i]) + 0.6) for i in order]
-    preferred = [clip_to_axes(points[i][1]) if i in drawn else LOWEST for i in order]
-    x = HIGHEST + 0.1
-    for i, y in zip(order, place_labels(preferred, heights, LOWEST, HIGHEST), strict=True):
-        color, shape = style(i)
-        text = "\n".join(labels[i]) + (", not drawn" if i in absent else "")
-        axes.scatter(x, y, marker=shape, s=30, color=color, clip_on=False)
-        axes.text(x + 0.07, y, text, va="center", color="#222222", linespacing=1.2)
-        if i in drawn:
-            xs = [clip_to_axes(points[i][0]), HIGHEST, x]
-            ys = [clip_to_axes(points[i][1]), y, y]
-            axes.plot(xs, ys, color=color, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
-
-
-def place_labels(
-    preferred: Sequence[float], heights: Sequence[float], low: float, high: float
-) -> list[float]:
-    """Returns centers of boxes of these heights, in ascending order and without overlap.
-
-    They are inside [low, high] where they fit, and close to the preferred centers: runs of touching
-    boxes are centered together.
-    """
-    runs: list[tuple[float, float, int]] = []  # bottom, height, boxes
-    for center, height in zip(preferred, heights, strict=True):
-        size, boxes = height, 1
-        bottom = min(max(center - size / 2, low), max(high - size, low))
-        while runs and runs[-1][0] + runs[-1][1] > bottom:
-            below = runs.pop()
-            middle = (below[0] + below[1] / 2) * below[2] + (bottom + size / 2) * boxes
-            size, boxes = size + below[1], boxes + below[2]
-            bottom = min(max(middle / boxes - size / 2, low), max(high - size, low))
-        runs.append((bottom, size, boxes))
-    centers, remaining = [], list(heights)
-    for bottom, _, boxes in runs:
-        for height in remaining[:boxes]:
-            centers.append(bottom + height / 2)
-            bottom += height
-        remaining = remaining[boxes:]
-    return centers
+def _legend_entry(arm: Arm, color: str, shape: str) -> Line2D:
+    drawn = ", not drawn" if math.isnan(arm.capability.value + arm.tau.value) else ""
+    label = "\n".join([*wrap_label(arm.name, 18), f"n = {arm.n}{drawn}"])
+    return Line2D([], [], ls="", marker=shape, color=color, label=label)

@@ -3,16 +3,14 @@ that is none."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fastdistill.alignment.report.heat_map import heat_map, heat_map_alt
-from fastdistill.alignment.report.quadrant import place_labels
 from fastdistill.report.number_format import HIGHEST, LOWEST, format_number
 from helpers.made_students import arm, controls, experiment
 
@@ -22,12 +20,11 @@ WEAK = {"seeds": 6, "tau": 0.0}
 def marks(figure):
     """Of a quadrant: what is drawn small (seeds) and large (arms), [(x, y, is open)]."""
     (axes,) = figure.axes
-    drawn_marks: dict[str, list[tuple[float, float, bool]]] = {"seed": [], "arm": [], "name": []}
+    drawn_marks: dict[str, list[tuple[float, float, bool]]] = {"seed": [], "arm": []}
     for drawn in axes.collections:
         (x, y), (size,) = drawn.get_offsets().data[0], drawn.get_sizes()
         hollow = bool((drawn.get_facecolor()[0] == 1).all())
-        which = "arm" if size > 40 else "name" if x > HIGHEST else "seed"
-        drawn_marks[which].append((x, y, hollow))
+        drawn_marks["arm" if size > 40 else "seed"].append((x, y, hollow))
     return drawn_marks
 
 
@@ -82,7 +79,7 @@ def test_every_seed_is_a_mark_at_its_place(report, wild):
         assert len(drawn) == len(at)
         assert np.array(drawn) == pytest.approx(np.array(sorted(at)))
         assert len(marks_here["arm"]) == len(made.arms)
-        assert len(marks_here["name"]) == min(len(made.arms), 6)
+        assert len(made.quadrant().legends[0].texts) == min(len(made.arms), 6)
 
 
 def test_whiskers_are_the_intervals_and_one_seed_has_none(report, wild):
@@ -110,9 +107,9 @@ def test_what_lies_beyond_the_frame_is_clipped_and_marked(wild):
 def test_names_do_not_overlap_and_stay_on_the_picture(report, wild):
     for figure in (report.quadrant(), wild.quadrant()):
         figure.draw_without_rendering()
-        texts = [text for text in figure.axes[0].texts if "n = " in text.get_text()]
+        texts = figure.legends[0].texts
         boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
-        assert len(boxes) == len(marks(figure)["name"]) <= 6
+        assert 0 < len(boxes) <= 6
         assert all(above.y0 >= below.y1 for below, above in pairwise(boxes))
         for box in boxes:
             assert box.x1 <= figure.bbox.x1
@@ -121,7 +118,7 @@ def test_names_do_not_overlap_and_stay_on_the_picture(report, wild):
 
 
 def test_names_stand_as_they_are_written(wild):
-    labels = [text.get_text() for text in wild.quadrant().axes[0].texts]
+    labels = [text.get_text() for text in wild.quadrant().legends[0].texts]
     assert "$\\x$ <b>bold</b>\n& 'quoted'\nn = 12" in labels
     assert "addition prompts,\nfull KL over the\n…initialisation\nn = 12" in labels
 
@@ -204,20 +201,3 @@ def test_no_checkpoints_no_curves():
     made = experiment(students=[*arm("plain", seeds=3), *controls()], audits=[], development=[])
     with pytest.raises(ValueError, match="students: expected checkpoints in the `curve`"):
         made.curves()
-
-
-def test_boxes_are_spread_without_overlap():
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 5, 9):
-        wanted, heights = sorted(rng.normal(size=n)), rng.uniform(0.05, 0.2, size=n)
-        centres = place_labels(wanted, cast(Any, heights), -1.0, 1.0)
-        assert len(centres) == n
-        ends = [(c - h / 2, c + h / 2) for c, h in zip(centres, heights, strict=True)]
-        assert all(above[0] >= below[1] - 1e-9 for below, above in pairwise(ends))
-        assert ends[0][0] >= -1 - 1e-9
-        assert ends[-1][1] <= 1 + 1e-9
-    assert place_labels([0.0, 0.5], [0.1, 0.1], -1, 1) == [0.0, 0.5]
-    assert place_labels([0.0, 0.0], [0.2, 0.2], -1, 1) == pytest.approx([-0.1, 0.1])
-    assert not math.isnan(
-        sum(place_labels([0.0] * 30, [0.2] * 30, -1, 1))
-    )  # too many: still in order
