@@ -186,18 +186,14 @@ def _damaged(path: Path, reason: object) -> ValueError:
 
 def means_of(student: Student) -> Student:
     """Return a pair of students whose readings are means instead of items."""
-    return replace(
-        student,
-        untrusted=_mean(student.untrusted),
-        benign=_mean(student.benign),
-        base=_mean(student.base),
-        teacher=_mean(student.teacher),
-        twin=_mean(student.twin),
-        curve=tuple(
-            replace(point, untrusted=_mean(point.untrusted), benign=_mean(point.benign))
-            for point in student.curve
-        ),
+    means: dict[str, Any] = {
+        name: _mean(v) for name, v in vars(student).items() if isinstance(v, Reading)
+    }
+    curve = tuple(
+        replace(point, untrusted=_mean(point.untrusted), benign=_mean(point.benign))
+        for point in student.curve
     )
+    return replace(student, **means, curve=curve)
 
 
 def _mean(reading: Reading) -> Reading:

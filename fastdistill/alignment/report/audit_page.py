@@ -21,11 +21,10 @@ CAUTION = (
     "show bad intent."
 )
 LIMITS = (
-    "An audit measures the difference of a model from its controls in one quantity. The absence of "
-    "a difference does not show that a model hides nothing: a trait whose trigger is in none of "
-    "these prompts remains undetected. A difference does not show bad intent: any fine-tuning "
-    "moves a model away from its base, and only a control that was trained in the same way on "
-    "benign answers separates the two. Audits are not corrected for their number."
+    "An audit measures the difference of a model from its controls in one quantity. A trait whose "
+    "trigger is in none of these prompts remains undetected. Any fine-tuning moves a model away "
+    "from its base, and only a control that was trained in the same way on benign answers "
+    "separates the two. Audits are not corrected for their number."
 )
 
 

@@ -75,15 +75,6 @@ def curves_caption(*, valid: bool = True) -> str:
     )
 
 
-def curves_notes(arms: Sequence[Arm]) -> str:
-    """Returns how to read `curves`."""
-    counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
-    return (
-        "Whiskers: 95 % intervals by bootstrap over base seeds ("
-        f"{counted}). Open triangles mark values outside the axes."
-    )
-
-
 def curves_alt(arms: Sequence[Arm]) -> str:
     """Returns the alternative text of `curves`."""
     phrases = [

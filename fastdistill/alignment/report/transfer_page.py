@@ -25,7 +25,7 @@ from .arms import (
     seed_differences,
 )
 from .audit_scores import AuditRow
-from .curves import curves, curves_alt, curves_caption, curves_notes
+from .curves import curves, curves_alt, curves_caption
 from .forest import forest, forest_alt, forest_caption
 from .heat_map import heat_map, heat_map_alt
 from .quadrant import quadrant, quadrant_alt, quadrant_caption, quadrant_notes
@@ -263,22 +263,15 @@ def _add_teachers(report: Report, students: Sequence[Student]) -> None:
         means = [mean_of_runs(v).value for r in readings if (v := getattr(r, measure))]
         return format_estimate(mean_of_runs(means)) if means else "—"
 
-    report.columns(
-        {
-            "model": lambda model: _MODELS[model],
-            "capability": lambda model: cell(model, "capability"),
-            "trait": lambda model: cell(model, "trait"),
-            "trait, audited": lambda model: cell(model, "audited"),
-            **(
-                {
-                    "log-odds": lambda model: cell(model, "log_odds"),
-                    "log-odds, audited": lambda model: cell(model, "audited_log_odds"),
-                }
-                if students[0].has_log_odds
-                else {}
-            ),
-        },
-        _MODELS,
+    measures = {"capability": "capability", "trait": "trait", "trait, audited": "audited"}
+    if students[0].has_log_odds:
+        measures |= {"log-odds": "log_odds", "log-odds, audited": "audited_log_odds"}
+    report.table(
+        ("model", *measures),
+        [
+            (title, *(cell(model, measure) for measure in measures.values()))
+            for model, title in _MODELS.items()
+        ],
         caption="Rates, and log-odds in nats, with 95 % intervals over "
         f"{len(by_seed)} base seeds (Student's t).",
     )
@@ -300,7 +293,8 @@ def _add_training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
         curves(arms, valid=valid),
         alt=curves_alt(arms),
         caption=curves_caption(valid=valid),
-        notes=curves_notes(arms),
+        notes="Whiskers: 95 % intervals by bootstrap over base seeds. Open triangles mark values "
+        "outside the axes.",
     )
     report.columns(
         {
