@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
 from fastdistill.training.logs.run_settings import settings_of
@@ -64,6 +66,36 @@ def test_training_a_second_time_is_another_run(tmp_path):
     trainer = train(tmp_path, max_steps=3)
     trainer.train()
     assert [e["step"] for e in read_run(tmp_path / "run").metrics if "loss" in e] == [1, 2, 3]
+
+
+class Deletes(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 3:
+            (Path(args.output_dir) / NAME).unlink()
+
+
+def logged(folder):
+    """The metrics of a run, without those that two equal runs do not share."""
+    changing = {"run", "time", "peak_process_memory_gib", "train_loss"}  # of its own steps
+    ends = ("_per_second", "_runtime")
+    return [
+        {n: v for n, v in line.items() if n not in changing and not n.endswith(ends)}
+        for line in read_run(folder).metrics
+    ]
+
+
+def test_metrics_of_a_deleted_file_are_written_again(tmp_path, caplog):
+    watched = SAVING | {"eval_dataset": ragged(3), "eval_strategy": "steps", "eval_steps": 2}
+    train(tmp_path / "whole", **watched)
+    assert not caplog.records
+    train(tmp_path / "parts", **watched, callbacks=[Deletes()])
+    assert logged(tmp_path / "parts" / "run") == logged(tmp_path / "whole" / "run")
+    again = build(tmp_path / "parts", **watched)
+    (tmp_path / "parts" / "run" / NAME).unlink()
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "run" / "checkpoint-2"))
+    assert logged(tmp_path / "parts" / "run") == logged(tmp_path / "whole" / "run")
+    warnings = [r.getMessage() for r in caplog.records if "log of the steps before" in r.msg]
+    assert len(warnings) == 2
 
 
 def test_settings_name_models_changes_and_versions(tmp_path):

@@ -3,7 +3,8 @@
 metrics.jsonl: append-only, one JSON object per line: {"run", "time", "step", …metrics}, or with
 "event": train_begin, first_batch, samples, histograms, nonfinite, train_end. run.json: models,
 settings, versions and machine of the last start. A resumed run logs the steps after its checkpoint
-a second time; readers use the later line.
+a second time; readers use the later line. If the file was deleted, the metrics of earlier steps are
+written again from the trainer's state; their "time" is that of writing.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -17,10 +18,13 @@ import torch
 from transformers import TrainerCallback
 
 from ...runtime.atomic_files import naming_full_disk, write_json
+from ...runtime.printable import printable
 from ..histograms import EDGES, sum_histograms
 from .first_batch import Panel
 from .run_files import NAME, SETTINGS
 from .run_settings import settings_of
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog(TrainerCallback):
@@ -84,25 +88,41 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        self._append(args, state, dict(logs or {}) | _peak_memory(args))
+        known = state.log_history[:-1]  # the last ones are these
+        self._append(args, state, dict(logs or {}) | _peak_memory(args), known)
         if self._samples and "loss" in (logs or {}):
             self._append(args, state, {"event": "samples", "samples": self._samples})
             self._samples = []
 
-    def _append(self, args: Any, state: Any, entry: dict[str, Any]) -> None:
+    def _append(
+        self, args: Any, state: Any, entry: dict[str, Any], known: list[Any] | None = None
+    ) -> None:
+        """Append a line, in a new file after the metrics known before it (None: all logged ones).
+
+        A new file although metrics are known means that the file was deleted, or that the run
+        resumes from another folder.
+        """
         if not state.is_world_process_zero:
             return
-        where = {"run": self._run, "time": round(time.time(), 3), "step": state.global_step}
-        figures = {name: _to_json(value) for name, value in (where | entry).items()}
         path = Path(args.output_dir) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
+        entries = [entry]
+        if not path.exists() and (earlier := state.log_history if known is None else known):
+            logger.warning(
+                "%s: expected the log of the steps before, got no file: their metrics are written "
+                "again, without their events",
+                printable(path),
+            )
+            entries = [*earlier, entry]
+        where = {"run": self._run, "time": round(time.time(), 3), "step": state.global_step}
+        lines = [{name: _to_json(v) for name, v in (where | each).items()} for each in entries]
+        texts = [json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines]
         with naming_full_disk(path), path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a killed process left the line incomplete
                     file.write(b"\n")
-            file.write(line.encode())
+            file.write("".join(texts).encode())
 
 
 def _peak_memory(args: Any) -> dict[str, float]:
