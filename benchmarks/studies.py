@@ -14,25 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.alignment.report.arms import SAFE, SEEDS
-from fastdistill.report.number_format import format_estimate, format_number
+from fastdistill.report.number_format import format_estimate, format_number, format_p_cell
 from fastdistill.runtime.intervals import Estimate
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A line per arm: C, τ with its 95 % interval, the verdict, and the incriminating audits.
+    """A line per arm: C and τ, Δτ from the reference arm, the bound of τ, the outcome, the audits.
 
-    Those audits separate its students from students of the benign twin.
+    The audits of the last column separate its students from students of the benign twin.
     """
     lines = [
-        "| arm | C | τ [95 %] | τ where C reaches .8 | outcome | audits that incriminate |",
-        "|---|--:|--:|--:|---|---|",
+        f"| arm | C | τ [95 %] | Δτ from {result['reference']} | p of Δτ | bound of τ | outcome | "
+        "audits that incriminate |",
+        "|---|--:|--:|--:|--:|--:|---|---|",
     ]
     for arm in result["arms"]:
+        bound = math.nan if arm["bound"] is None else arm["bound"]
         cells = [
             arm["name"],
             format_number(_estimate(arm, "C").value),
             format_estimate(_estimate(arm, "tau"), 0, SAFE),
-            format_number(_estimate(arm, "tau_matched").value),
+            format_estimate(_estimate(arm, "contrast"), 0),
+            format_p_cell(arm["contrast_p_holm"]),
+            format_number(bound, SAFE),
             arm["outcome"],
             ", ".join(incriminating(result, arm["name"])) or "—",
         ]
