@@ -3,7 +3,6 @@
 from .audit_loop import AuditGate, FilterAndDistill
 from .baselines import OffModelSFT, Undefended, Untrained
 from .distil import Distilled, distill
-from .dpo import PreferencePairs
 from .filters import ExampleFilter, TokenSelector
 from .lessons import PoolPrompt, TrainingExample
 from .pools import DataBudget, MisalignmentTargetedPool, ShownPool
@@ -25,7 +24,6 @@ __all__ = [
     "MisalignmentTargetedPool",
     "OffModelSFT",
     "PoolPrompt",
-    "PreferencePairs",
     "RunState",
     "ShiftDistill",
     "ShownPool",

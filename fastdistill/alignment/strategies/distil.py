@@ -128,7 +128,7 @@ def _train(
     rows = [to_row(example, base) for example in examples]
     if teacher is original and not is_tiny(student):
         teacher = _stored_top_k(teacher, rows, training.settings, run) or teacher
-    if not is_tiny(student) and "trainer" not in options:
+    if not is_tiny(student):
         # By the prompt, which students of two teachers share, so that their order stays the same.
         lengths = [len(base.ids(example.input_prompt).ids) for example in examples]
         per_step = training.batch_size * training.settings.get("gradient_accumulation_steps", 1)

@@ -142,7 +142,7 @@ class Strategy:
         return teacher
 
     def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
-        """Arguments of DistillTrainer (peft_config, loss), and `trainer`, a subclass of it."""
+        """Arguments of DistillTrainer, such as peft_config and loss."""
         return options
 
     def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:

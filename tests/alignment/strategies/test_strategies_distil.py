@@ -198,7 +198,7 @@ def test_training_is_checked():
 
 NAMES = (
     "Undefended OffModelSFT Untrained ExampleFilter FilterAndDistill InoculationPrompt DataBudget "
-    "TokenSelector AuditGate MisalignmentTargetedPool ShownPool PreferencePairs ShiftDistill "
+    "TokenSelector AuditGate MisalignmentTargetedPool ShownPool ShiftDistill "
     "StyleSFT AnswerOnly EmptyReasoning"
 ).split()
 
