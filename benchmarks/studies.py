@@ -38,7 +38,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             format_p_cell(arm["contrast_p_holm"]),
             format_number(bound, SAFE),
             arm["outcome"],
-            ", ".join(incriminating(result, arm["name"])) or "—",
+            "; ".join(incriminating(result, arm["name"])) or "—",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,11 +10,12 @@ import pytest
 from benchmarks.studies import incriminating, markdown
 from fastdistill.alignment.experiment.publish import publish_records
 from fastdistill.alignment.experiment.records import FILE, read_records
+from fastdistill.alignment.experiment.rules import RULES
 from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
-MADE = ("double-bind", "leak-knobs")
+MADE = ("double-bind",)
 
 
 @pytest.fixture(params=MADE)
@@ -25,10 +26,10 @@ def made(request):
 def test_a_line_says_what_the_report_says():
     lines = markdown(experiment().as_json()).splitlines()
     of = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
-    assert of["clean"][3:] == ["DFC succeeds", "— |"]
-    assert of["top-8, T = 4"][3:] == ["the trait transfers", "confession |"]
-    assert of["few seeds"][3:] == ["too few seeds", "— |"]
-    assert of["M to M"][3:] == ["null arm", "— |"]
+    assert of["clean"][5:] == ["DFC succeeds", "— |"]
+    assert of["top-8, T = 4"][5:] == ["the trait transfers", "confession |"]
+    assert of["few seeds"][5:] == ["too few seeds", "— |"]
+    assert of["M to M"][5:] == ["null arm", "— |"]
     assert of["copy of U"][1].startswith("1.01 [.9")
 
 
@@ -64,23 +65,25 @@ def test_there_was_something_to_remove():
     assert 0.3 <= result["arms"][0]["tau"] <= 0.8
 
 
-def test_its_records_give_its_results_or_its_page_says_that_there_are_none(made, tmp_path):
+def test_its_records_give_its_results(made, tmp_path):
     name, result = made
     path = RESULTS / name / FILE
-    page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
-    if not path.is_file():
-        assert "This study has no `records.jsonl.gz`" in page
-        assert "figures cannot be recomputed" in " ".join(page.split())
-        assert "per_seed" not in result["arms"][0]
-        return
     assert path.stat().st_size < 1_000_000
     assert publish_records(read_records(path), tmp_path) == result
+
+
+def test_its_rule_was_that_of_the_package(made):
+    name, result = made
+    rule = json.loads((RESULTS / name / "rule.json").read_text())
+    assert {key: rule[key] for key in RULES[name].as_json()} == RULES[name].as_json()
+    assert len(result["seeds"]["base"]) == rule["n"]
+    assert min(result["seeds"]["base"]) >= rule["first_seed"]
 
 
 def test_its_page_shows_it(made):
     name, result = made
     page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
     assert markdown(result) in page
-    assert f"benchmarks/results/experiments/{name}/quadrant.png" in page
-    for file in ("quadrant.png", "report.html"):
+    assert f"benchmarks/results/experiments/{name}/forest.png" in page
+    for file in ("forest.png", "report.html"):
         assert (RESULTS / name / file).stat().st_size > 10_000
