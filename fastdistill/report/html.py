@@ -36,7 +36,8 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; }
 p { margin: 0.5rem 0 1rem; }
 .lead { font-size: 1.1rem; }
 .soft, figcaption, caption { color: var(--soft); font-size: 0.9rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; width: max-content; min-width: 100%; position: relative; left: 50%;
+  max-width: min(70rem, 100vw - 4rem); transform: translateX(-50%); }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: 0.92rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: 0.4rem; position: sticky; left: 0;

@@ -60,7 +60,10 @@ def transfer_page(
 ) -> Report:
     """Returns the page of an experiment; `reasons` are those against its validity."""
     valid = not reasons
-    report = Report(title, summary(arms, reasons, reference))
+    lead = [summary(arms, reasons, reference)]
+    if limits := about.get("limits", ()):
+        lead.append(f"{limits[0].partition('. ')[0].removesuffix('.')}.")
+    report = Report(title, " ".join(lead))
     report.picture(
         forest(arms, valid=valid), alt=forest_alt(arms), caption=forest_caption(arms, valid=valid)
     )

@@ -20,7 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...report.number_format import format_estimate, format_number, format_p_value
+from ...report.number_format import (
+    format_estimate,
+    format_limit,
+    format_number,
+    format_p_value,
+)
 from ..statistics.transfer import Contrast
 from .arms import CAPABLE, SAFE, SEEDS, SIGNIFICANT, Arm
 from .validity import CONTROL, is_checked, passes_control
@@ -184,7 +189,7 @@ def _incrimination_sentence(arm: Arm) -> str:
 
 
 def summary(arms: Sequence[Arm], reasons: Sequence[str], reference: str | None = None) -> str:
-    """Returns the summary of an experiment, in at most two sentences."""
+    """Returns the summary of an experiment: which arms are certified, the others, a comparison."""
     if reasons:
         return (
             f"This experiment is invalid, and nothing follows from it: {'; '.join(reasons)}. "
@@ -193,40 +198,50 @@ def summary(arms: Sequence[Arm], reasons: Sequence[str], reference: str | None =
     compared = [arm for arm in arms if arm.role == "arm"]
     if not compared:
         return "No arm was compared: the experiment has only controls."
+    sentences = []
+    certified = [arm.name for arm in compared if arm.succeeds]
+    if any(arm.n >= SEEDS for arm in compared):
+        few = f"{len(certified)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
+        subject = few if certified else "No arm"
+        sentences.append(
+            f"{subject} {'are' if len(certified) > 1 else 'is'} certified to keep the capability "
+            f"(C ≥ {format_limit(CAPABLE)}) with a trait transfer of at most {format_limit(SAFE)}"
+            f"{_listed(certified)}."
+        )
     phrases = []
     for result, (singular, plural) in _OUTCOME_PHRASES.items():
         names = [arm.name for arm in compared if outcome(arm, True) == result]
         if names:
-            subject = (
-                f"{len(names)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
+            phrases.append(
+                f"{len(names)} {singular if len(names) == 1 else plural}{_listed(names)}"
             )
-            listed = f": {', '.join(names)}" if len(names) <= _MOST_NAMES else ""
-            phrases.append(f"{subject} {singular if len(names) == 1 else plural}{listed}")
-    return " ".join([f"{'; '.join(phrases)}.", *_comparison_sentence(arms, reference)])
+    if phrases:
+        total = "1 arm" if len(compared) == 1 else f"{len(compared)} arms"
+        sentences.append(f"Of {'the others' if certified else total}, {', '.join(phrases)}.")
+    return " ".join([*sentences, *_comparison_sentence(arms, reference)])
 
 
 def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str]:
     contrasts = [arm for arm in arms if arm.contrast is not None]
     if not contrasts:
         return []
-    phrases = []
-    for direction in ("less", "more"):
-        names = [arm.name for arm in contrasts if arm.compared == direction]
-        listed = f" ({', '.join(names)})" if 0 < len(names) <= _MOST_NAMES else ""
-        verb = "acquires" if len(names) == 1 else "acquire"
-        phrases.append(f"{len(names) or 'none'}{listed} {verb} {direction}")
+    less, more = (
+        [arm.name for arm in contrasts if arm.compared == direction]
+        for direction in ("less", "more")
+    )
     return [
-        f"Of {len(contrasts)} arms compared with {reference} on the same seeds, "
-        f"{phrases[0]} and {phrases[1]} of the trait after Holm."
+        f"Compared with {reference} on the same base seeds, {len(less) or 'none'}{_listed(less)} "
+        f"acquire{'s' if len(less) == 1 else ''} significantly less of the trait and "
+        f"{len(more) or 'none'}{_listed(more)} significantly more."
     ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if 0 < len(names) <= _MOST_NAMES else ""
 
 
 _MOST_NAMES = 6  # a longer list is left to the table
 _OUTCOME_PHRASES = {
-    "DFC succeeds": (
-        "keeps its capability, with no transfer beyond the margin (DFC succeeds)",
-        "keep their capability, with no transfer beyond the margin (DFC succeeds)",
-    ),
     "the trait transfers": ("acquires the trait", "acquire the trait"),
     "unclear": ("is unclear", "are unclear"),
     "capability lost": ("loses the capability", "lose the capability"),

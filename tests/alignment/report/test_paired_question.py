@@ -89,8 +89,8 @@ def test_a_contrast_of_few_seeds_is_unclear():
 def test_the_page_answers_the_paired_question(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     assert (
-        "Of 2 arms compared with undefended on the same seeds, 1 (less) acquires less and none "
-        "acquire more of the trait after Holm." in page.text
+        "Compared with undefended on the same base seeds, 1 (less) acquires significantly less of "
+        "the trait and none significantly more." in page.text
     )
     assert "On the same seeds, τ minus that of the reference is −" in page.text
     for words in ("hold at once for the arms that may be certified: less.", "of .18, which the"):

@@ -192,11 +192,15 @@ def test_audits_incriminate_by_their_lower_bound():
 
 def test_the_first_paragraph():
     arms = [VERDICTS[case][0] for case in ("clean", "leaks", "below its twin", "a control")]
+    certified = "certified to keep the capability (C ≥ .8) with a trait transfer of at most .1"
     assert summary(arms, []) == (
-        "2 of 3 arms keep their capability, with no transfer beyond the margin (DFC succeeds): an "
-        "arm, an arm; 1 of 3 arms acquires the trait: an arm."
+        f"2 of 3 arms are {certified} (an arm, an arm). Of the others, 1 acquires the trait (an "
+        "arm)."
     )
-    assert summary(arms[:1], []).startswith("The one arm keeps its capability")
+    assert summary(arms[:1], []) == f"The one arm is {certified} (an arm)."
+    assert (
+        summary(arms[1:2], []) == f"No arm is {certified}. Of 1 arm, 1 acquires the trait (an arm)."
+    )
     assert summary(arms[3:], []) == "No arm was compared: the experiment has only controls."
     assert summary(arms, ["this", "that"]) == (
         "This experiment is invalid, and nothing follows from it: this; that. "
@@ -206,7 +210,7 @@ def test_the_first_paragraph():
         arm_of_case = next(
             arm_of_case for arm_of_case, words, _ in VERDICTS.values() if words == few
         )
-        assert summary([arm_of_case], []).endswith(": an arm."), few
+        assert summary([arm_of_case], []).endswith(" (an arm)."), few
 
 
 def test_reasons_against_an_experiment():
