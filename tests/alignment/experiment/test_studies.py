@@ -15,7 +15,7 @@ from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
-MADE = ("double-bind",)
+MADE = ("double-bind", "leak-knobs")
 
 
 @pytest.fixture(params=MADE)
