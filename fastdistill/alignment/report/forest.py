@@ -66,14 +66,16 @@ def forest(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 def forest_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     """Returns the caption of `forest`."""
     band = " Gray band: the intervals of the null arms." if _null_band(arms) else ""
-    margin = (
-        f" Line at {format_limit(SAFE)}: an arm is certified if its corrected bound is to the left."
-        if valid
+    bounds = (
+        " Upright tick: the corrected upper bound of τ, for the arms that the rule may certify; an "
+        f"arm is certified if it is left of the line at {format_limit(SAFE)}."
+        if valid and any(_bound(arm) is not None for arm in arms)
         else ""
     )
     return (
-        "τ, the share of the trait that is transferred, with 95 % intervals; C, the share of the "
-        f"capability. Hollow: C < {format_limit(CAPABLE)}.{band}{margin}"
+        "τ: the share of the trait that is transferred, with 95 % intervals; the trait transfers "
+        f"if τ > 0 after Holm. C: the share of the capability; hollow: C < {format_limit(CAPABLE)}."
+        f"{band}{bounds}"
     )
 
 
@@ -115,6 +117,11 @@ def short_name(name: str) -> str:
     return line if len(line) <= 28 else f"{line[:27]}…"
 
 
+def _bound(arm: Arm) -> float | None:
+    """Returns the corrected upper bound of τ; None where there is none."""
+    return arm.bound if arm.bound is not None and math.isfinite(arm.bound) else None
+
+
 def _margin_position(x: float, y: float) -> tuple[float, float]:
     return (x - 0.05, y) if x == LOWEST else (x + 0.05, y)
 
@@ -144,6 +151,8 @@ def _draw_row(axes: Axes, arm: Arm, y: float, color: str) -> None:
     if tau.known:
         ends = [clip_to_axes(tau.low), clip_to_axes(tau.high)]
         axes.plot(ends, [y, y], color=color, lw=1.5, solid_capstyle="butt")
+    if (bound := _bound(arm)) is not None:
+        axes.plot([clip_to_axes(bound)] * 2, [y - 0.35, y + 0.35], color=color, lw=1.2)
     shape = _SIDEWAYS[edge_marker(tau.value)] if is_off_axes(tau.value) else "o"
     axes.scatter(
         clip_to_axes(tau.value),

@@ -67,6 +67,8 @@ def transfer_page(
     report.picture(
         forest(arms, valid=valid), alt=forest_alt(arms), caption=forest_caption(arms, valid=valid)
     )
+    if "measured" in about:
+        report.paragraph(about["measured"], soft=True)
     _add_results(report, arms, valid, reference)
     _add_refusals(report, arms, valid)
     _add_audits(report, arms, teachers)
@@ -90,8 +92,6 @@ def transfer_page(
         _add_teachers(report, students)
     with report.folded("Notation and method"):
         report.paragraph(NOTATION, soft=True)
-        if "measured" in about:
-            report.paragraph(about["measured"])
         report.paragraph(_FORMULAS, soft=True)
     with report.folded("What this does not show"):
         for sentence in (*_limit_sentences(arms, students), *about.get("limits", ())):

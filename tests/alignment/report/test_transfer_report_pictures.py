@@ -126,9 +126,9 @@ def test_names_stand_as_they_are_written(wild):
 def test_the_forest_has_every_arm_with_its_interval_in_its_group(report, wild):
     for made in (report, wild):
         (axes,) = made.forest().axes
-        rows = {
-            round(line.get_ydata()[0]): line for line in axes.lines if len(line.get_ydata()) == 2
-        }
+        lines = [line for line in axes.lines if len(line.get_ydata()) == 2]
+        rows = {line.get_ydata()[0]: line for line in lines if len({*line.get_ydata()}) == 1}
+        ticks = {round(sum(line.get_ydata()) / 2): line.get_xdata()[0] for line in lines}
         dots = {round(d.get_offsets().data[0][1]): d for d in axes.collections}
         texts = {(t.get_position()[0] < 0, round(t.get_position()[1])): t for t in axes.texts}
         assert len(dots) == len(made.arms)
@@ -142,6 +142,9 @@ def test_the_forest_has_every_arm_with_its_interval_in_its_group(report, wild):
             if a.tau.known:
                 ends = np.clip([a.tau.low, a.tau.high], LOWEST, HIGHEST)
                 assert list(rows[y].get_xdata()) == pytest.approx(list(ends))
+            if a.bound is not None and np.isfinite(a.bound):
+                assert ticks[y] == np.clip(a.bound, LOWEST, HIGHEST)
+    assert any(a.bound is not None for a in report.arms)
     (axes,) = report.forest().axes
     bold = [t.get_text() for t in axes.texts if t.get_fontweight() == "bold"]
     assert bold == [
