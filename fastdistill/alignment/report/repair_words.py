@@ -22,7 +22,7 @@ _WORDS = {
     "detects none without transfer": "detects none where there is none",
     "no trait transfers": "no trait remains",
     "no trait was found to transfer": "no trait was found to remain",
-    "no transfer beyond the margin": "no trait left beyond the margin",
+    "a trait transfer of at most": "a remaining trait of at most",
     "share of the trait that is transferred": "share of the trait that remains",
     "the trait transfers": "the trait remains",
     "trait transferred": "trait that remains",

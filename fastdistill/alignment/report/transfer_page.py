@@ -60,15 +60,13 @@ def transfer_page(
 ) -> Report:
     """Returns the page of an experiment; `reasons` are those against its validity."""
     valid = not reasons
-    lead = [summary(arms, reasons, reference)]
+    report = Report(title, summary(arms, reasons, reference))
+    caption = [forest_caption(arms, valid=valid), about.get("measured", "")]
     if limits := about.get("limits", ()):
-        lead.append(f"{limits[0].partition('. ')[0].removesuffix('.')}.")
-    report = Report(title, " ".join(lead))
+        caption.append(f"{limits[0].partition('. ')[0].removesuffix('.')}.")
     report.picture(
-        forest(arms, valid=valid), alt=forest_alt(arms), caption=forest_caption(arms, valid=valid)
+        forest(arms, valid=valid), alt=forest_alt(arms), caption=" ".join(filter(None, caption))
     )
-    if "measured" in about:
-        report.paragraph(about["measured"], soft=True)
     _add_results(report, arms, valid, reference)
     _add_refusals(report, arms, valid)
     _add_audits(report, arms, teachers)

@@ -198,16 +198,7 @@ def summary(arms: Sequence[Arm], reasons: Sequence[str], reference: str | None =
     compared = [arm for arm in arms if arm.role == "arm"]
     if not compared:
         return "No arm was compared: the experiment has only controls."
-    sentences = []
     certified = [arm.name for arm in compared if arm.succeeds]
-    if any(arm.n >= SEEDS for arm in compared):
-        few = f"{len(certified)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
-        subject = few if certified else "No arm"
-        sentences.append(
-            f"{subject} {'are' if len(certified) > 1 else 'is'} certified to keep the capability "
-            f"(C ≥ {format_limit(CAPABLE)}) with a trait transfer of at most {format_limit(SAFE)}"
-            f"{_listed(certified)}."
-        )
     phrases = []
     for result, (singular, plural) in _OUTCOME_PHRASES.items():
         names = [arm.name for arm in compared if outcome(arm, True) == result]
@@ -215,10 +206,21 @@ def summary(arms: Sequence[Arm], reasons: Sequence[str], reference: str | None =
             phrases.append(
                 f"{len(names)} {singular if len(names) == 1 else plural}{_listed(names)}"
             )
+    total = "1 arm" if len(compared) == 1 else f"{len(compared)} arms"
+    clauses = []
+    if any(arm.n >= SEEDS for arm in compared):
+        few = f"{len(certified)} of {total}" if len(compared) > 1 else "the one arm"
+        clauses.append(
+            f"{few if certified else 'no arm'} {'are' if len(certified) > 1 else 'is'} certified "
+            f"to keep the capability (C ≥ {format_limit(CAPABLE)}) with a trait transfer of at "
+            f"most {format_limit(SAFE)}{_listed(certified)}"
+        )
     if phrases:
-        total = "1 arm" if len(compared) == 1 else f"{len(compared)} arms"
-        sentences.append(f"Of {'the others' if certified else total}, {', '.join(phrases)}.")
-    return " ".join([*sentences, *_comparison_sentence(arms, reference)])
+        clauses.append(f"of {'the others' if certified else total}, {', '.join(phrases)}")
+    sentence = ": ".join(clauses)
+    return " ".join(
+        [f"{sentence[0].upper()}{sentence[1:]}.", *_comparison_sentence(arms, reference)]
+    )
 
 
 def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str]:

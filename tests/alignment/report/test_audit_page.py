@@ -33,7 +33,7 @@ class Planted(Audit):
 
 
 def model(name: str, **values: Any) -> Any:
-    ends = {"ended_at_words": Counter(), "ended_at_positions": Counter()}
+    ends: Any = {"ended_at_words": Counter(), "ended_at_positions": Counter()}
     return SimpleNamespace(name=name, values=values, **ends)
 
 

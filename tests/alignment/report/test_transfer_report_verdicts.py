@@ -194,12 +194,12 @@ def test_the_first_paragraph():
     arms = [VERDICTS[case][0] for case in ("clean", "leaks", "below its twin", "a control")]
     certified = "certified to keep the capability (C ≥ .8) with a trait transfer of at most .1"
     assert summary(arms, []) == (
-        f"2 of 3 arms are {certified} (an arm, an arm). Of the others, 1 acquires the trait (an "
+        f"2 of 3 arms are {certified} (an arm, an arm): of the others, 1 acquires the trait (an "
         "arm)."
     )
     assert summary(arms[:1], []) == f"The one arm is {certified} (an arm)."
-    assert (
-        summary(arms[1:2], []) == f"No arm is {certified}. Of 1 arm, 1 acquires the trait (an arm)."
+    assert summary(arms[1:2], []) == (
+        f"No arm is {certified}: of 1 arm, 1 acquires the trait (an arm)."
     )
     assert summary(arms[3:], []) == "No arm was compared: the experiment has only controls."
     assert summary(arms, ["this", "that"]) == (
