@@ -156,10 +156,10 @@ def paired_difference(
 
 
 def rate_difference(a: Estimate, b: Estimate) -> Estimate:
-    """a − b of two Wilson shares, by Newcombe's hybrid score interval (1998, method 10).
+    """a − b of two shares or AUROCs, by Newcombe's hybrid score interval (1998, method 10).
 
-    Valid if both shares are 0 or 1, where a paired t has no width; conservative for pairs that
-    agree more than by chance.
+    The interval combines both as if they were independent. Valid if both shares are 0 or 1, where a
+    paired t has no width; conservative for pairs that agree more than by chance.
     """
     low = math.hypot(a.value - a.low, b.high - b.value)
     high = math.hypot(a.high - a.value, b.value - b.low)

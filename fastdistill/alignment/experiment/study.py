@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..report.audit_scores import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
+from ..strategies.audit_loop import MIN_BENIGN
 from ..strategies.strategy import Strategy, Training
 from .estimate import announce
 from .executors import SERIAL, Execution, run_all
@@ -25,7 +26,6 @@ from .source import Source
 
 FRESH = 1000  # base seeds below it are development seeds
 OTHER_BASES = ("other_base", "earlier")  # roles of models that replace M
-MIN_BENIGN = 3  # students of benign teachers that the interval of a gate requires
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...runtime.intervals import UNKNOWN, Estimate, flat_json, means_by_cluster
+from ...runtime.intervals import (
+    UNKNOWN,
+    Estimate,
+    flat_json,
+    means_by_cluster,
+    rate_difference,
+)
 from ..statistics import auroc, threshold_at, true_positives
 
 
@@ -94,7 +100,7 @@ def audit_rows(
                 arm=arm,
                 auroc=area,
                 true_positive_rate=true_positive_rate,
-                gain=_difference(area, of_teachers[audit]) if audit in of_teachers else None,
+                gain=rate_difference(area, of_teachers[audit]) if audit in of_teachers else None,
             )
         )
     return tuple(rows)
@@ -115,16 +121,6 @@ def teacher_rows(teachers: Sequence[AuditScore], confidence: float = 0.95) -> li
         )
         for (arm, audit), group in _grouped(teachers)
     ]
-
-
-def _difference(a: Estimate, b: Estimate) -> Estimate:
-    """Returns a − b; the interval combines both (Newcombe, 1998), as if they were independent."""
-    return Estimate(
-        value=a.value - b.value,
-        low=a.value - b.value - math.hypot(a.value - a.low, b.high - b.value),
-        high=a.value - b.value + math.hypot(a.high - a.value, b.value - b.low),
-        n=min(a.n, b.n),
-    )
 
 
 def _grouped(scores: Sequence[AuditScore]) -> list[tuple[tuple[str, str], list[AuditScore]]]:
