@@ -1,4 +1,4 @@
-"""python -m benchmarks.studies RESULTS.JSON: the table of a finished study, as in docs/studies.
+"""python -m benchmarks.studies RESULTS.JSON: the tables of a finished study, as in docs/studies.
 
 fastdistill experiment double-bind --preset full --out out/double-bind
 python -m benchmarks.studies out/double-bind/results.json
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdistill.alignment.audits.catalog import marked
 from fastdistill.alignment.report.arms import SAFE, SEEDS
 from fastdistill.report.number_format import format_estimate, format_number, format_p_cell
 from fastdistill.runtime.intervals import Estimate
@@ -44,6 +45,26 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def incrimination(result: Mapping[str, Any], arm: str) -> str:
+    """A line per audit: AUROC of the teachers, of the students of an arm, and the difference."""
+    teachers = {row["name"]: row["auroc"] for row in result["audits_of_teachers"]}
+    lines = [f"| audit | teachers | students, {arm} | difference |", "|---|--:|--:|--:|"]
+    for row in result["audits"]:
+        if row["arm"] == arm:
+            students, gain = (
+                Estimate(value=row[value], low=row[interval][0], high=row[interval][1], n=row["n"])
+                for value, interval in (("auroc", "interval"), ("gain", "gain_interval"))
+            )
+            cells = (
+                marked(row["name"]),
+                format_number(teachers[row["name"]]),
+                format_estimate(students, 0.5),
+                format_estimate(gain, 0),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def incriminating(result: Mapping[str, Any], arm: str) -> list[str]:
     """Audits whose whole AUROC interval is above one half, over enough base seeds."""
     return [
@@ -60,4 +81,5 @@ def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    finished = json.loads(Path(sys.argv[1]).read_text())
+    print(markdown(finished), incrimination(finished, finished["reference"]), sep="\n\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import incriminating, markdown
+from benchmarks.studies import incriminating, incrimination, markdown
 from fastdistill.alignment.experiment.publish import publish_records
 from fastdistill.alignment.experiment.records import FILE, read_records
 from fastdistill.alignment.experiment.rules import RULES
@@ -78,6 +78,12 @@ def test_its_rule_was_that_of_the_package(made):
     assert {key: rule[key] for key in RULES[name].as_json()} == RULES[name].as_json()
     assert len(result["seeds"]["base"]) == rule["n"]
     assert min(result["seeds"]["base"]) >= rule["first_seed"]
+
+
+def test_the_double_bind_shows_what_its_audits_find():
+    result = json.loads((RESULTS / "double-bind" / "results.json").read_text())
+    page = (ROOT / "docs" / "studies" / "double-bind.md").read_text(encoding="utf-8")
+    assert incrimination(result, "undefended") in page
 
 
 def test_its_page_shows_it(made):
