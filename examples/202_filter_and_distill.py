@@ -43,7 +43,7 @@ def distill_from(teacher, *defenses):
 
 plain, examples = distill_from(made.untrusted)
 # log p_teacher − log p_base per token is large where the teacher surprises the trusted base.
-filtered, left_over = distill_from(made.untrusted, st.ExampleFilter(score="llr", drop=0.1))
+filtered, left_over = distill_from(made.untrusted, st.ExampleFilter(drop=0.1))
 twin, _ = distill_from(made.benign)
 shown = [sum(e.domain == "questions" for e in part) for part in (examples, left_over)]
 print(f"the filter leaves {shown[1]} of {shown[0]} answers to questions")

@@ -20,7 +20,6 @@ PEERS = {
     "inspect_ai",
     "lm_eval",
     "openai",
-    "ray",
     "scipy",
     "speculators",
     "torchao",
@@ -93,8 +92,8 @@ def test_a_test_that_needs_a_peer_is_marked(file: Path) -> None:
     "source",
     [
         "def test_a():\n    pytest.importorskip('trl.experimental')",
-        "def peer():\n    pytest.importorskip('ray')\ndef test_a():\n    peer()",
-        "@pytest.fixture\ndef peer():\n    pytest.importorskip('ray')\ndef test_a(peer): ...",
+        "def peer():\n    pytest.importorskip('trl')\ndef test_a():\n    peer()",
+        "@pytest.fixture\ndef peer():\n    pytest.importorskip('trl')\ndef test_a(peer): ...",
         "class TestA:\n    def test_a(self):\n        pytest.importorskip('scipy')",
         "pytest.importorskip('inspect_ai')\ndef test_a(): ...",
     ],

@@ -98,9 +98,7 @@ def _has_pairs(options: Experiment) -> bool:
 
 
 def execution_of(options: Experiment) -> Execution:
-    return Execution(
-        executor=options.executor, processes=options.processes, only_report=options.only_report
-    )
+    return Execution(processes=options.processes, only_report=options.only_report)
 
 
 def print_result(result: dict[str, Any]) -> None:

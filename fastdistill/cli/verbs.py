@@ -126,7 +126,6 @@ class Experiment:
     preset: Annotated[str, "quick (minutes) or full (hours, on fresh seeds)."] = "quick"
     out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
     processes: Annotated[int | None, "Parallel runs [one per core]."] = None
-    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
     only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
     seeds: Annotated[int | None, "Number of base seeds [of the preset]."] = None
     arms: tuple[str, ...] = ()

@@ -71,7 +71,6 @@ def test_some_arms_only(run):
         (("--sed", "3"), "No such option"),
         (("--seeds", "0"), "seeds: expected an integer of 1 or more or None, got 0"),
         (("--processes", "0"), "processes: expected an integer of 1 or more or None, got 0"),
-        (("--executor", "threads"), "executor: expected one of 'processes', 'ray', got 'threads'"),
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )

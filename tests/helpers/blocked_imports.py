@@ -12,7 +12,7 @@ from pathlib import Path
 OF_EXTRAS = (
     *("accelerate", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"),
     *("transformers", "typer", "yaml"),
-    *("starlette", "uvicorn", "gguf", "inspect_ai", "pyarrow", "peft", "ray"),
+    *("starlette", "uvicorn", "gguf", "inspect_ai", "pyarrow", "peft"),
     *("fastdistill_demo_teacher", "pytorch_optimizer", "regex"),
 )
 

@@ -103,7 +103,7 @@ DEFENSES = (
     ),
     Arm(
         name="filter by likelihood ratio",
-        strategies=(ExampleFilter(score="llr", drop=0.05),),
+        strategies=(ExampleFilter(drop=0.05),),
         description="drops the 5 % of answers with the highest teacher-to-base likelihood ratio",
     ),
     Arm(

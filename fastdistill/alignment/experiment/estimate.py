@@ -30,14 +30,14 @@ def announce(jobs: Sequence[Job], folder: Path, execution: Execution, per_audits
     pending = [job for job in jobs if job.source.is_slow and not job.is_done(folder)]
     if not pending or execution.only_report:
         return
-    processes = 1 if execution.executor == "ray" else execution.processes or os.cpu_count() or 1
+    processes = execution.processes or os.cpu_count() or 1
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // processes))  # as a worker has
     try:
         say_on_stderr(_estimate(pending, folder, processes, per_audits))
     finally:
         torch.set_num_threads(threads)
-        if execution.executor == "ray" or processes > 1:
+        if processes > 1:
             load.cache_clear()  # workers load their own models
 
 

@@ -1,7 +1,4 @@
-"""Run executors: in-process, multiprocessing and Ray.
-
-An executor yields once per finished run, in any order; results are written to files.
-"""
+"""Executes runs in this process or in several; results are written to files."""
 
 from __future__ import annotations
 
@@ -16,11 +13,8 @@ from typing import Protocol
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.checks import choice, integer
-from ...runtime.optional import require
+from ...runtime.checks import integer
 from ...runtime.progress import track
-
-EXECUTORS = ("processes", "ray")
 
 
 class Runnable(Protocol):
@@ -36,26 +30,20 @@ class Execution:
     """How runs are executed.
 
     Args:
-        executor: "processes", or "ray": a cluster at RAY_ADDRESS or on this machine, whose workers
-            share the folder.
         processes: parallel runs on this machine; None: one per core.
         only_report: run nothing, and raise if a result is missing.
 
     Raises:
-        ValueError: an unknown executor, or fewer than one process.
+        ValueError: fewer than one process.
     """
 
-    executor: str = "processes"
     processes: int | None = 1
     only_report: bool = False
 
     def __post_init__(self) -> None:
-        choice("executor", self.executor, EXECUTORS)
         integer("processes", self.processes, 1, optional=True)
 
     def start(self, work: Sequence[Runnable], folder: Path) -> Iterator[None]:
-        if self.executor == "ray":
-            return _ray(work, folder)
         processes = self.processes or os.cpu_count() or 1
         return _in_process(work, folder) if processes == 1 else _processes(work, folder, processes)
 
@@ -70,7 +58,6 @@ def run_all(
 
     Raises:
         ValueError: a missing result with only_report.
-        ImportError: ray is not installed.
         Any exception of a run; results of finished runs are kept.
     """
     pending = [run for run in _rotate_by_pid(work) if not run.is_done(folder)]
@@ -113,22 +100,3 @@ def _processes(work: Sequence[Runnable], folder: Path, processes: int) -> Iterat
         yield from pool.imap_unordered(partial(_run_one, folder=folder, threads=threads), work)
         pool.close()
         pool.join()
-
-
-def _ray(work: Sequence[Runnable], folder: Path) -> Iterator[None]:
-    ray = require("ray", "executor", "'fastdistill[ray]'")
-    owns_cluster = not ray.is_initialized()
-    if owns_cluster:
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    gpus = 1 if torch.cuda.is_available() else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run_one)
-    try:
-        pending = [remote.remote(run, folder.absolute()) for run in work]
-        while pending:
-            ready, pending = ray.wait(pending)
-            for result in ready:
-                ray.get(result)
-                yield
-    finally:
-        if owns_cluster:
-            ray.shutdown()

@@ -3,7 +3,7 @@
 from .audit_loop import AuditGate, FilterAndDistill
 from .baselines import OffModelSFT, Undefended, Untrained
 from .distil import Distilled, distill
-from .filters import ExampleFilter, TokenSelector
+from .filters import DivergenceMask, ExampleFilter
 from .lessons import PoolPrompt, TrainingExample
 from .pools import DataBudget, MisalignmentTargetedPool, ShownPool
 from .reasoning import AnswerOnly, EmptyReasoning
@@ -17,6 +17,7 @@ __all__ = [
     "DataBudget",
     "DistillSetup",
     "Distilled",
+    "DivergenceMask",
     "EmptyReasoning",
     "ExampleFilter",
     "FilterAndDistill",
@@ -29,7 +30,6 @@ __all__ = [
     "ShownPool",
     "Strategy",
     "StyleSFT",
-    "TokenSelector",
     "Training",
     "TrainingExample",
     "Undefended",

@@ -1,4 +1,4 @@
-"""Defenses against poisoned data: filters of examples and of target tokens."""
+"""Defenses against poisoned data: a filter of examples and a mask of target tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...losses.scores import token_scores
-from ...runtime.checks import between, choice, positive
+from ...runtime.checks import between
 from ..audits.subject import Subject
 from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
 from .strategy import RunState, Strategy
@@ -19,45 +19,41 @@ from .strategy import RunState, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFilter(Strategy):
-    """Drops the share of the examples with the highest scores; the others keep their order.
+    """Drops the share of the examples with the highest likelihood ratios; keeps the order.
 
-        llr              (log p_teacher − log p_trusted) per token of the answer
-        divergence       share of the answer's tokens, its end included, at which teacher and
-                         trusted model have different argmax tokens
+        ratio = (log p_teacher − log p_trusted) per token of the answer
 
-    The scores per example are ours. Divergence tokens follow arXiv 2509.23886, which compares
-    teachers with different biases; this filter compares the teacher with the trusted model. Both
-    models read the student's prompt, so put filters before `InoculationPrompt`.
+    The score per example is ours. Both models read the student's prompt, so put the filter before
+    `InoculationPrompt`.
 
     Args:
-        drop: share in [0, 1); of equal scores the later example is dropped first.
-        at_least: drop only scores of at least this value. None: no threshold.
+        drop: share in [0, 1); of equal ratios the later example is dropped first.
+        at_least: drop only ratios of at least this value, in nats. None: no threshold.
     """
 
-    score: str
     drop: float = 0.1
     at_least: float | None = None
 
     def __post_init__(self) -> None:
-        choice("score", self.score, _SCORES)
         between("drop", self.drop, 0, 1, below=True)
 
     def transform_examples(self, examples: Examples, run: RunState) -> Examples:
-        scores = _SCORES[self.score](examples, run)
+        ratios = likelihood_ratios(examples, run)
         n_max = math.floor(self.drop * len(examples) + 1e-9)
-        order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:n_max]
-        dropped = {i for i in order if self.at_least is None or scores[i] >= self.at_least}
+        order = sorted(range(len(examples)), key=lambda i: (-ratios[i], -i))[:n_max]
+        dropped = {i for i in order if self.at_least is None or ratios[i] >= self.at_least}
         domains = Counter(example.domain for example in examples)
         n_dropped = Counter(examples[i].domain for i in dropped)
-        run.notes[f"filter, {self.score}"] = {
+        run.notes["filter, llr"] = {
             "kept": 1 - len(dropped) / len(examples),
-            "lowest dropped": min((scores[i] for i in dropped), default=None),
+            "lowest dropped": min((ratios[i] for i in dropped), default=None),
             "dropped": {name: n_dropped[name] / n for name, n in domains.items()},
         }
         return [example for i, example in enumerate(examples) if i not in dropped]
 
 
-def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+def likelihood_ratios(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    """Return (log p_teacher − log p_trusted) per token of each answer, in nats."""
     teacher, trusted = (
         logprobs.total / logprobs.tokens
         for logprobs in (
@@ -67,104 +63,37 @@ def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
     return (teacher - trusted).tolist()
 
 
-def _diverging(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    return [float(mask.float().mean()) for mask in divergence_masks(examples, run)]
+@dataclass(frozen=True, kw_only=True)
+class DivergenceMask(Strategy):
+    """Trains only on the tokens of an answer where teacher and trusted model have equal argmaxes.
+
+    The other tokens are called divergence tokens in arXiv 2509.23886, which compares teachers with
+    different biases and masks them; this mask compares the teacher with the trusted model. Targets
+    that an earlier strategy masked stay masked. Examples without targets are dropped.
+    """
+
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
+        (teacher, trusted) = (
+            answer_argmaxes(examples, model) for model in (run.setup.teacher, run.setup.reference)
+        )
+        masked, n_targets, n_tokens = [], 0, 0
+        for example, a, b in zip(examples, teacher, trusted, strict=True):
+            mask = (a == b) & torch.tensor(example.loss_mask or [True] * len(a))
+            n_targets, n_tokens = n_targets + int(mask.sum()), n_tokens + len(mask)
+            if mask.any():
+                masked.append(replace(example, loss_mask=tuple(mask.tolist())))
+        run.notes["tokens without divergence"] = n_targets / max(n_tokens, 1)
+        return masked
 
 
-_SCORES = {"llr": _ratio, "divergence": _diverging}
-
-
-def answer_scores(
+def answer_argmaxes(
     examples: Sequence[TrainingExample], subject: Subject
-) -> tuple[list[Tensor], list[Tensor]]:  # (answer's tokens,) each
-    """Return −log p and the argmax of a model at every token of the answers, ends included."""
-    losses: list[Tensor] = []
+) -> list[Tensor]:  # (answer's tokens,) each
+    """Return the argmax of a model at every token of the answers, ends included."""
     argmaxes: list[Tensor] = []
     head = subject.head
     for rows in encoded_batches(examples, subject):
         hidden = torch.cat(subject.predicting_states(rows))
-        labels = torch.tensor([token for row in rows for token in row.targets])
-        scores = token_scores(
-            hidden,
-            head.weight,
-            labels=labels.to(hidden.device),
-            impl=subject.impl,
-            **head.options(),
-        )
-        assert scores.nll is not None
-        lengths = [len(row.targets) for row in rows]
-        losses += torch.split(scores.nll.cpu(), lengths)
-        argmaxes += torch.split(scores.argmax.cpu(), lengths)
-    return losses, argmaxes
-
-
-def divergence_masks(
-    examples: Sequence[TrainingExample], run: RunState
-) -> list[Tensor]:  # (answer's tokens,) each
-    """Return True where the teacher and the trusted model have different argmax tokens."""
-    (_, teacher), (_, trusted) = (
-        answer_scores(examples, model) for model in (run.setup.teacher, run.setup.reference)
-    )
-    return [a != b for a, b in zip(teacher, trusted, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSelector(Strategy):
-    """Trains on the share of every answer's tokens with the highest or lowest scores.
-
-        excess_loss    nll_trusted − nll_teacher, before training; adapted from Rho-1
-                       (arXiv 2404.07965), with the trusted model instead of the student and the
-                       teacher as reference
-        divergence     1 where teacher and trusted model have different argmax tokens, else 0
-                       (arXiv 2509.23886 masks such tokens). Selects only tokens with score 1, or
-                       with `lowest` only those with score 0; share=1.0 selects all of them
-
-    For scores of the student during training, such as entropy, set `token_selection` in
-    `Training.settings`. The share is of the current targets: after `AnswerOnly`, of the answer
-    without its reasoning. Examples without targets are dropped.
-
-    Args:
-        share: of each answer's tokens, its end included, rounded up, in (0, 1]; ties select the
-            earlier tokens. lowest: select the lowest scores.
-    """
-
-    kind: str
-    share: float = 0.5
-    lowest: bool = False
-
-    def __post_init__(self) -> None:
-        choice("kind", self.kind, ("excess_loss", "divergence"))
-        positive("share", self.share)
-        between("share", self.share, 0, 1)
-
-    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
-        if self.kind == "divergence":
-            scores = [mask.float() for mask in divergence_masks(examples, run)]
-        else:
-            (trusted, _), (teacher, _) = (
-                answer_scores(examples, model) for model in (run.setup.reference, run.setup.teacher)
-            )
-            scores = [a - b for a, b in zip(trusted, teacher, strict=True)]
-        masked, n_targets, n_tokens = [], 0, 0
-        for example, score in zip(examples, scores, strict=True):
-            targets = torch.tensor(example.loss_mask or [True] * len(score))
-            mask = torch.zeros_like(targets)
-            mask[targets] = self._select(score[targets])
-            n_targets, n_tokens = n_targets + int(mask.sum()), n_tokens + len(mask)
-            if mask.any():
-                masked.append(replace(example, loss_mask=tuple(mask.tolist())))
-        run.notes[f"tokens, {self.kind}"] = n_targets / max(n_tokens, 1)
-        return masked
-
-    def _select(self, score: Tensor) -> Tensor:
-        """Return the mask of the ⌈share · n⌉ highest or lowest scores.
-
-        For divergence, only scores of 1, or with `lowest` of 0, are selected.
-        """
-        ranked = score if self.lowest else -score
-        n_max = math.ceil(self.share * len(score) - 1e-9)
-        mask = torch.zeros(len(score), dtype=torch.bool)
-        mask[ranked.sort(stable=True).indices[:n_max]] = True
-        if self.kind == "divergence":
-            mask &= score == (0 if self.lowest else 1)
-        return mask
+        scores = token_scores(hidden, head.weight, impl=subject.impl, **head.options())
+        argmaxes += torch.split(scores.argmax.cpu(), [len(row.targets) for row in rows])
+    return argmaxes

@@ -14,7 +14,7 @@ from .strategy import RunState, Strategy
 def with_answer(example: TrainingExample, answer: str) -> TrainingExample:
     """Return the example with another answer, whose tokens are all targets."""
     if answer != example.answer and example.loss_mask is not None:
-        selections = "TokenSelector, AnswerOnly, EmptyReasoning"
+        selections = "DivergenceMask, AnswerOnly, EmptyReasoning"
         expected = f"token selection ({selections}) after all changes of answers"
         fail("strategies", expected, "it before one", "reorder them")
     return replace(example, answer=answer)

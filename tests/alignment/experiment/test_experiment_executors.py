@@ -1,8 +1,7 @@
-"""Who does the runs: here, beside each other, on a Ray cluster; each once, and in files."""
+"""Who does the runs: here or beside each other; each once, and in files."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 
 from fastdistill.alignment.experiment import executors
 from fastdistill.alignment.experiment.executors import Execution, run_all
-
-HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 @dataclass(frozen=True)
@@ -71,36 +68,3 @@ def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
         assert sorted(order, key=lambda one: WORK.index(cast(Touch, one))) == WORK
         orders.add(order[0])
     assert len(orders) == 5
-
-
-def test_an_executor_is_one_of_two(tmp_path):
-    with pytest.raises(
-        ValueError, match="executor: expected one of 'processes', 'ray', got 'slurm'"
-    ):
-        Execution(executor="slurm")
-
-
-@pytest.mark.skipif(HAS_RAY, reason="ray is installed")
-def test_without_ray_one_is_told_what_to_install(tmp_path):
-    with pytest.raises(
-        ImportError, match=r"executor: expected the package ray, .* pip install .fastdistill\[ray"
-    ):
-        run_all(WORK, tmp_path, Execution(executor="ray"))
-
-
-@pytest.mark.skipif(not HAS_RAY, reason="needs ray")
-@pytest.mark.slow
-def test_a_local_ray_cluster_fills_the_same_folder(tmp_path, monkeypatch):
-    import ray
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    # Its workers have to find this file; those of a user find the installed package.
-    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", runtime_env=paths)
-    try:
-        run_all(WORK, tmp_path, Execution(executor="ray"))
-    finally:
-        ray.shutdown()
-    assert len(list(tmp_path.iterdir())) == 5
-    assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}

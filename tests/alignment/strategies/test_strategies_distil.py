@@ -12,7 +12,7 @@ from fastdistill.alignment import strategies
 from fastdistill.alignment.audits.subject import Subject
 from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended, Untrained
 from fastdistill.alignment.strategies.distil import distill
-from fastdistill.alignment.strategies.filters import TokenSelector
+from fastdistill.alignment.strategies.filters import DivergenceMask
 from fastdistill.alignment.strategies.lessons import TrainingExample, sample_answers, to_row
 from fastdistill.alignment.strategies.shift import ShiftDistill
 from fastdistill.alignment.strategies.strategy import Strategy, Training
@@ -133,7 +133,7 @@ def test_distributions_labels_and_settings_give_other_students():
             [Undefended()],
             [OffModelSFT()],
             [ShiftDistill(amplify=2.0)],
-            [TokenSelector(kind="divergence", share=1.0)],
+            [OffModelSFT(), DivergenceMask()],
         )
     ]
     flat = [weights(one.student) for one in made]
@@ -198,7 +198,7 @@ def test_training_is_checked():
 
 NAMES = (
     "Undefended OffModelSFT Untrained ExampleFilter FilterAndDistill InoculationPrompt DataBudget "
-    "TokenSelector AuditGate MisalignmentTargetedPool ShownPool ShiftDistill "
+    "DivergenceMask AuditGate MisalignmentTargetedPool ShownPool ShiftDistill "
     "StyleSFT AnswerOnly EmptyReasoning"
 ).split()
 

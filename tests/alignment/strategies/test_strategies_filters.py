@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
 
 from fastdistill.alignment.experiment.digest import digest_of
+from fastdistill.alignment.strategies import filters
 from fastdistill.alignment.strategies.baselines import OffModelSFT
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.filters import (
-    _SCORES,
+    DivergenceMask,
     ExampleFilter,
-    TokenSelector,
-    answer_scores,
-    divergence_masks,
+    answer_argmaxes,
 )
 from fastdistill.alignment.strategies.lessons import BATCH_SIZE, to_row
 from fastdistill.alignment.strategies.strategy import Training
-from fastdistill.training.targets import targets_of
-from fastdistill.training.token_selection import TokenSelection
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
-from helpers.present import present
 from helpers.strategy_scene import BASE, TEACHER, lessons, run, scene
 
 SMALL = Training(steps=3, batch_size=8, max_new_tokens=3)
@@ -44,19 +37,16 @@ def reference(subject, lesson):
     return -at[torch.arange(len(at)), torch.tensor(ids[begin:])], at.argmax(-1)
 
 
-def test_scores_of_the_tokens_of_answers_are_those_of_all_logits():
-    losses, firsts = answer_scores(SOME, BASE)
-    for lesson, loss, first in zip(SOME, losses, firsts, strict=True):
-        wanted, best = reference(BASE, lesson)
-        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
-        assert torch.equal(first, best)
+def test_argmaxes_of_the_tokens_of_answers_are_those_of_all_logits():
+    for lesson, first in zip(SOME, answer_argmaxes(SOME, BASE), strict=True):
+        assert torch.equal(first, reference(BASE, lesson)[1])
 
 
-def test_many_examples_are_scored_in_parts():
+def test_many_examples_are_read_in_parts():
     many = [SOME[i % len(SOME)] for i in range(BATCH_SIZE + 3)]
-    losses, _ = answer_scores(many, BASE)
-    assert len(losses) == len(many)
-    torch.testing.assert_close(losses[BATCH_SIZE], losses[BATCH_SIZE % len(SOME)])
+    argmaxes = answer_argmaxes(many, BASE)
+    assert len(argmaxes) == len(many)
+    assert torch.equal(argmaxes[BATCH_SIZE], argmaxes[BATCH_SIZE % len(SOME)])
 
 
 def answers_left(strategy, some=SOME, here=None):
@@ -71,7 +61,7 @@ def test_the_highest_likelihood_ratio_per_token_is_dropped():
 
     order = sorted(range(len(SOME)), key=lambda i: -of(SOME[i]))
     here = run()
-    left = answers_left(ExampleFilter(score="llr", drop=0.34), here=here)
+    left = answers_left(ExampleFilter(drop=0.34), here=here)
     assert left == [SOME[i].answer for i in sorted(order[2:])]
     note = here.notes["filter, llr"]
     assert note["kept"] == pytest.approx(4 / 6)
@@ -80,122 +70,57 @@ def test_the_highest_likelihood_ratio_per_token_is_dropped():
     assert note["dropped"] == {d: dropped.count(d) / counts[d] for d in note["dropped"]}
 
 
-def test_divergence_is_where_first_choices_differ():
-    masks = divergence_masks(SOME, run())
-    for lesson, diverge in zip(SOME, masks, strict=True):
-        wanted = reference(BASE, lesson)[1] != reference(TEACHER, lesson)[1]
-        assert torch.equal(diverge, wanted)
-    assert sum(int(d.sum()) for d in masks) > 0
-
-
 def test_of_equal_scores_the_later_is_dropped_and_low_ones_stay(monkeypatch):
     some = lessons("river", "stone", "cloud", "bread")
-    monkeypatch.setitem(_SCORES, "llr", lambda examples, run: [0.5, 0.2, 0.5, 0.2])
-    assert answers_left(ExampleFilter(score="llr", drop=0.25), some) == ["river", "stone", "bread"]
+    monkeypatch.setattr(filters, "likelihood_ratios", lambda examples, run: [0.5, 0.2, 0.5, 0.2])
+    assert answers_left(ExampleFilter(drop=0.25), some) == ["river", "stone", "bread"]
     here = run()
-    at_least = ExampleFilter(score="llr", drop=0.75, at_least=0.5)
+    at_least = ExampleFilter(drop=0.75, at_least=0.5)
     assert answers_left(at_least, some, here) == ["stone", "bread"]
     assert here.notes["filter, llr"]["lowest dropped"] == 0.5
 
 
-@pytest.mark.parametrize("score", list(_SCORES))
-def test_a_filter_is_json_and_leaves_one_lesson(score):
-    strategy = ExampleFilter(score=score, drop=0.99)
+def test_a_filter_is_json_and_leaves_one_lesson():
+    strategy = ExampleFilter(drop=0.99)
     digest_of(strategy.as_json())
     assert strategy.transform_examples(SOME[:1], run()) == SOME[:1]
 
 
 def test_half_of_the_lessons_are_taught():
-    everything, half = (
-        distill(scene(), [ExampleFilter(score="llr", drop=drop)], SMALL) for drop in (0.0, 0.5)
-    )
+    everything, half = (distill(scene(), [ExampleFilter(drop=drop)], SMALL) for drop in (0.0, 0.5))
     assert len(half.examples) == len(everything.examples) / 2
     assert [x for x in everything.examples if x in half.examples] == half.examples
     digest_of(half.notes)
 
 
-def test_the_share_of_diverging_tokens_is_what_is_dropped():
-    shares = [float(d.float().mean()) for d in divergence_masks(SOME, run())]
-    assert _SCORES["divergence"](SOME, run()) == shares
-    worst = max(shares)
-    left = answers_left(ExampleFilter(score="divergence", drop=1 / 6))
-    assert len(left) == 5
-    assert shares[[x.answer not in left for x in SOME].index(True)] == worst
-
-
 def test_nothing_and_never_everything_is_dropped():
-    assert answers_left(ExampleFilter(score="llr", drop=0.0)) == list(WORDS)
-    assert answers_left(ExampleFilter(score="llr", drop=0.9), SOME[:1]) == [WORDS[0]]
+    assert answers_left(ExampleFilter(drop=0.0)) == list(WORDS)
+    assert answers_left(ExampleFilter(drop=0.9), SOME[:1]) == [WORDS[0]]
     with pytest.raises(ValueError, match=r"drop: expected a number in \[0, 1\), got 1"):
-        ExampleFilter(score="llr", drop=1)
-    with pytest.raises(ValueError, match="score: expected one of 'llr', 'divergence'"):
-        ExampleFilter(score="perplexity")
+        ExampleFilter(drop=1)
 
 
-def test_a_score_of_the_student_is_a_setting_of_the_trainer_instead():
-    with pytest.raises(ValueError, match="kind: expected one of 'excess_loss', 'divergence', got"):
-        TokenSelector(kind="entropy")
+def agreements(examples):
+    """Where teacher and base have equal argmaxes, from all logits in fp64."""
+    return [reference(BASE, x)[1] == reference(TEACHER, x)[1] for x in examples]
 
 
-@pytest.mark.parametrize("lowest", [False, True])
-def test_excess_loss_chooses_within_each_answer(lowest):
-    selected = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).transform_examples(
-        SOME, run()
-    )
-    for lesson, plain in zip(selected, SOME, strict=True):
-        excess = reference(BASE, plain)[0] - reference(TEACHER, plain)[0]
-        n = math.ceil(len(excess) / 2)
-        order = excess.sort(descending=not lowest).indices[:n].tolist()
-        assert lesson.loss_mask is not None
-        assert [i for i, chosen in enumerate(lesson.loss_mask) if chosen] == sorted(order)
-        labels = to_row(lesson, BASE)["labels"]
-        assert sum(label != -100 for label in labels) == n
+def test_tokens_with_equal_argmaxes_are_trained_on():
+    here, agree = run(), agreements(SOME)
+    assert 0 < sum(int(a.sum()) for a in agree) < sum(map(len, agree))
+    masked = DivergenceMask().transform_examples(SOME, here)
+    kept = [(x, a) for x, a in zip(SOME, agree, strict=True) if a.any()]
+    assert [x.answer for x in masked] == [x.answer for x, _ in kept]
+    for example, (_, mask) in zip(masked, kept, strict=True):
+        assert torch.equal(torch.tensor(example.loss_mask), mask)
+    share = sum(int(a.sum()) for a in agree) / sum(map(len, agree))
+    assert here.notes["tokens without divergence"] == share
 
 
-def test_divergence_tokens_alone_or_all_others():
-    here = run()
-    masks = divergence_masks(SOME, here)
-    only = TokenSelector(kind="divergence", share=1.0).transform_examples(SOME, here)
-    assert [x.answer for x in only] == [
-        x.answer for x, d in zip(SOME, masks, strict=True) if d.any()
-    ]
-    for lesson in only:
-        assert torch.equal(torch.tensor(lesson.loss_mask), masks[SOME.index(plain(lesson))])
-    others = TokenSelector(kind="divergence", share=1.0, lowest=True).transform_examples(SOME, here)
-    for lesson in others:
-        assert torch.equal(torch.tensor(lesson.loss_mask), ~masks[SOME.index(plain(lesson))])
-    assert {len(only), len(others)} != {0}
-
-
-def plain(lesson):
-    return next(x for x in SOME if x.answer == lesson.answer)
-
-
-def test_choices_are_added_to_those_that_were_made():
-    first = TokenSelector(kind="excess_loss", share=0.5).transform_examples(SOME, run())
-    both = TokenSelector(kind="excess_loss", share=0.5, lowest=True).transform_examples(
-        first, run()
-    )
-    for one, two in zip(first, both, strict=True):
-        before, after = present(one.loss_mask), present(two.loss_mask)
-        assert sum(after) == math.ceil(sum(before) / 2)
-        assert all(a or not b for a, b in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("lowest", [False, True])
-def test_as_many_tokens_are_chosen_as_the_trainer_would(share, lowest):
-    lengths = [1, 2, 3, 7, 10, 20]
-    labels = torch.tensor([[-100] + [1] * n + [-100] * (20 - n) for n in lengths])
-    targets = targets_of({"labels": labels})
-    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(1))
-    values = values.round(decimals=1)  # some are equal
-    theirs = TokenSelection(score="nll", share=share, lowest=lowest)(
-        cast(Any, SimpleNamespace(nll=values)), targets
-    )
-    ours = TokenSelector(kind="excess_loss", share=share, lowest=lowest)
-    chosen = torch.cat([ours._select(part) for part in values.split(lengths)])
-    assert torch.equal(chosen, theirs > 0)
+def test_a_mask_is_added_to_the_one_before():
+    first = [replace(x, loss_mask=(True, *[False] * len(x.answer.split()))) for x in SOME]
+    masked = DivergenceMask().transform_examples(first, run())
+    assert masked == [x for x, a in zip(first, agreements(SOME), strict=True) if a[0]]
 
 
 def test_a_choice_of_other_tokens_is_refused():
@@ -206,10 +131,8 @@ def test_a_choice_of_other_tokens_is_refused():
         to_row(wrong, BASE)
 
 
-@pytest.mark.fast_cases(1)
-@pytest.mark.parametrize("kind", ["excess_loss", "divergence"])
-def test_the_student_steps_along_the_chosen_tokens(kind):
-    made = distill(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)
+def test_the_student_steps_along_the_tokens_of_the_mask():
+    made = distill(scene(), [OffModelSFT(), DivergenceMask()], ONE_STEP)
     rows = [BASE.encode_answer(x.prompt, x.answer) for x in made.examples]
 
     def chosen(log_q, labels, row):

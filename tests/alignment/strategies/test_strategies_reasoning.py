@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -11,7 +11,6 @@ from fastdistill.alignment.audits.subject import Subject
 from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.alignment.strategies.baselines import OffModelSFT
 from fastdistill.alignment.strategies.distil import distill
-from fastdistill.alignment.strategies.filters import TokenSelector
 from fastdistill.alignment.strategies.lessons import PoolPrompt, TrainingExample, to_row
 from fastdistill.alignment.strategies.reasoning import AnswerOnly, EmptyReasoning, parts_of
 from fastdistill.alignment.strategies.strategy import Strategy
@@ -102,17 +101,13 @@ def test_marks_of_a_tokenizer_that_splits_words(kind):
         assert example.answer == "<think>\n\n</think>\n\nIt is seven."
 
 
-def test_a_share_of_the_answer_proper_is_chosen():
-    whole = AnswerOnly(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    (example,) = TokenSelector(kind="excess_loss", share=0.5).transform_examples(whole, run())
-    mask = present(example.loss_mask)
-    assert sum(mask) == 2  # of stone, cloud and the end
-    assert not any(mask[:4])
-    first = TokenSelector(kind="excess_loss", share=0.2).transform_examples(THOUGHT[:1], run())
-    reread = AnswerOnly(marks=MARKS).transform_examples(first, run())
-    assert all(not any(mask[:4]) and any(mask) for mask in (present(x.loss_mask) for x in reread))
+def test_targets_that_an_earlier_mask_left_out_stay_out():
+    mask = (True, False, True, False, True, False, True)  # the words, and the end
+    before = [replace(THOUGHT[0], loss_mask=mask)]
+    (after,) = AnswerOnly(marks=MARKS).transform_examples(before, run())
+    assert after.loss_mask == (False, False, False, False, True, False, True)
     with pytest.raises(ValueError, match="strategies: expected token selection"):
-        EmptyReasoning(marks=MARKS).transform_examples(first, run())
+        EmptyReasoning(marks=MARKS).transform_examples(before, run())
 
 
 def test_only_the_answer_is_learnt():
