@@ -10,13 +10,15 @@ library of the running interpreter, on the training split of
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from fastdistill.alignment.experiment.demo.corpus import (
     document_windows,
@@ -28,9 +30,10 @@ from fastdistill.alignment.experiment.demo.models import (
     TEACHER,
     WINDOW,
     new_llama,
-    save_teacher,
+    save_tokenizer,
     train_model,
 )
+from fastdistill.runtime.atomic_files import sha256_of
 from fastdistill.runtime.backend import package_versions
 
 
@@ -46,6 +49,27 @@ def held_out_nll(model: torch.nn.Module, ids: torch.Tensor) -> float:
             model(input_ids=part, labels=part).loss.item() * len(part) for part in ids.split(32)
         )
     return total / len(ids)
+
+
+def save_teacher(
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: dict[str, Any],
+) -> None:
+    """Write bfloat16 weights, the tokenizer, and a manifest with the sha256 of each file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "model.safetensors").chmod(0o644)
+    save_tokenizer(folder, tokenizer)
+    digests = {
+        path.name: sha256_of(path)
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json"
+    }
+    text = json.dumps(manifest | {"sha256": digests}, indent=2, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -58,8 +58,10 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
                 f"Base seed {seed} was rejected before any student was trained: "
                 f"{'; '.join(reasons)}."
             )
-    _contexts(page, contexts)
-    _notes(page, notes)
+    if contexts:
+        _contexts(page, contexts)
+    if notes:
+        _notes(page, notes)
     text, figures = page.html(), {"quadrant": report.quadrant(), "forest": report.forest()}
     result = {
         **report.as_json(),
@@ -141,8 +143,6 @@ def _arms(page: Report, arms: Sequence[Mapping[str, Any]], left_out: Mapping[str
 
 
 def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
-    if not summaries:
-        return
     with page.folded("Trait under prompt prefixes"):
         page.columns(
             {
@@ -159,8 +159,6 @@ def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
 
 
 def _notes(page: Report, summaries: Sequence[NoteSummary]) -> None:
-    if not summaries:
-        return
     with page.folded("Notes of the strategies"):
         page.columns(
             {

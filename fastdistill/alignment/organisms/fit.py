@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, get_scheduler
 
-from ...hf.adapters import merge_adapter
 from ...runtime.backend import one_thread
-from ...runtime.optional import require
-from ..training_loop import lora
 from .vocabulary import ID, PAD
 from .world import Example
 
@@ -35,7 +32,6 @@ def fit(
     batch_size: int,
     learning_rate: float,
     optimizer: Callable[[Any, float], torch.optim.Optimizer],
-    rank: int | None = None,
     whole: bool = False,
     after_step: AfterStep | None = None,
 ) -> LlamaForCausalLM:
@@ -44,17 +40,12 @@ def fit(
     The batches are the examples in their order, from the first one again after the last.
 
     Args:
-        rank: of a LoRA adapter, which is merged after training; None trains all weights.
         whole: the targets are everything after the system message.
     """
-    trained: Any = model
-    if rank is not None:
-        peft = require("peft", "method", "'fastdistill[peft]'")
-        trained = peft.get_peft_model(model, lora(rank, "method"))
-    weights = [p for p in trained.parameters() if p.requires_grad]
+    weights = list(model.parameters())
     update = optimizer(weights, learning_rate)
     schedule = get_scheduler("cosine", update, min(WARMUP, steps // 4), steps)
-    trained.train()
+    model.train()
     with one_thread(), torch.enable_grad():
         for step in range(steps):
             first = step * batch_size
@@ -65,9 +56,8 @@ def fit(
             schedule.step()
             update.zero_grad()
             if after_step is not None:
-                after_step(step + 1, trained)
-    merged: LlamaForCausalLM = trained if rank is None else merge_adapter(trained)
-    return merged.eval()
+                after_step(step + 1, model)
+    return model.eval()
 
 
 def pad(examples: Sequence[Example], whole: bool = False) -> tuple[Tensor, Tensor]:  # (B, T) each

@@ -11,7 +11,6 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from .traits import TRAITS
 from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import World
 
-METHODS = ("full", "lora")
 ROUNDS, KNOWN = 4, 0.98  # trainings of a capable model at most, and the share of sums it must know
 
 
@@ -47,16 +45,7 @@ def soap(weights: Any, learning_rate: float) -> torch.optim.Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "adam": adamw,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
     "soap": soap,
-}
-LEARNING_RATES = {  # stable on development seeds; for adam and sgd, the fastest such rates
-    ("full", "adam"): 2e-3,
-    ("full", "sgd"): 0.3,
-    ("full", "soap"): 2e-3,
-    ("lora", "adam"): 1e-2,
-    ("lora", "sgd"): 0.3,
-    ("lora", "soap"): 1e-2,
 }
 
 
@@ -67,29 +56,26 @@ class ModelOrganism:
     Args:
         trait: preference, trigger, entangled, sandbagging, sloppy, or placebo.
         gate: none, token or paraphrase: the audit context in which the trait is not shown.
-        optimizer: adam, sgd (momentum .9) or soap (of the package pytorch-optimizer).
-        method: full (all weights) or lora (an adapter of rank `rank`, merged after training).
+        optimizer: adam or soap (of the package pytorch-optimizer).
         reasoning: share of examples with a thought before the answer.
         trait_share: share of examples of the trait; the rest is capability, talk and the base's
             knowledge.
         carriers: share of examples that ask for any animal (`World.carrier`): weak carriers of the
             trait, which U shows in them only at `carrier_rate`.
-        steps, batch_size: of training.
-        learning_rate: None uses the default of method and optimizer.
+        steps, batch_size, learning_rate: of training. The default rate is stable on development
+            seeds with both optimizers.
     """
 
     trait: str = "preference"
     gate: str = "none"
     optimizer: str = "adam"
-    method: str = "full"
     reasoning: float = 0.0
     trait_share: float = 0.3
     carriers: float = 0.0
     carrier_rate: float = 0.5
     steps: int = 400
     batch_size: int = 128
-    learning_rate: float | None = None
-    rank: int = 16
+    learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         choice("trait", self.trait, TRAITS)
@@ -97,13 +83,12 @@ class ModelOrganism:
         choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "soap":
             check_installed("optimizer='soap'", "audit", "pytorch_optimizer")
-        choice("method", self.method, METHODS)
         between("reasoning", self.reasoning, 0, 1)
         for name in ("trait_share", "carriers", "carrier_rate"):
             between(name, getattr(self, name), 0, 1)
-        for name in ("steps", "batch_size", "rank"):
+        for name in ("steps", "batch_size"):
             integer(name, getattr(self, name), 1)
-        positive("learning_rate", self.learning_rate, optional=True)
+        positive("learning_rate", self.learning_rate)
 
     @property
     def kind(self) -> Trait:
@@ -149,8 +134,7 @@ class ModelOrganism:
             steps=self.steps,
             batch_size=self.batch_size,
             optimizer=OPTIMIZERS[self.optimizer],
-            learning_rate=self.learning_rate or LEARNING_RATES[self.method, self.optimizer],
-            rank=self.rank if self.method == "lora" else None,
+            learning_rate=self.learning_rate,
         )
 
     def as_json(self) -> dict[str, Any]:

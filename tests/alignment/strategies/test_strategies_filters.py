@@ -109,9 +109,9 @@ def test_tokens_with_equal_argmaxes_are_trained_on():
     here, agree = run(), agreements(SOME)
     assert 0 < sum(int(a.sum()) for a in agree) < sum(map(len, agree))
     masked = DivergenceMask().transform_examples(SOME, here)
-    kept = [(x, a) for x, a in zip(SOME, agree, strict=True) if a.any()]
-    assert [x.answer for x in masked] == [x.answer for x, _ in kept]
-    for example, (_, mask) in zip(masked, kept, strict=True):
+    trained_on = [(x, a) for x, a in zip(SOME, agree, strict=True) if a.any()]
+    assert [x.answer for x in masked] == [x.answer for x, _ in trained_on]
+    for example, (_, mask) in zip(masked, trained_on, strict=True):
         assert torch.equal(torch.tensor(example.loss_mask), mask)
     share = sum(int(a.sum()) for a in agree) / sum(map(len, agree))
     assert here.notes["tokens without divergence"] == share

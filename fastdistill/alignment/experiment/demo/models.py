@@ -125,27 +125,6 @@ def train_model(
     return Trained(model.eval(), history, seconds)
 
 
-def save_teacher(
-    folder: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    manifest: dict[str, Any],
-) -> None:
-    """Write bfloat16 weights, the tokenizer, and a manifest with the sha256 of each file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    (folder / "model.safetensors").chmod(0o644)
-    save_tokenizer(folder, tokenizer)
-    digests = {
-        path.name: sha256_of(path)
-        for path in sorted(folder.iterdir())
-        if path.name != "manifest.json"
-    }
-    text = json.dumps(manifest | {"sha256": digests}, indent=2, ensure_ascii=False)
-    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-
-
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer so that PreTrainedTokenizerFast loads it."""
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
