@@ -130,6 +130,7 @@ def test_records_alone_give_the_report_of_the_request(run, tmp_path):
         left_out={},
         refused={},
         runs=1,
+        planned=2,
     )
     write_records(replace(study, arms=tuple(arms)), table, about, tmp_path)
     argv = ("experiment", "double-bind", "--preset", "full", "--only-report", "--json")

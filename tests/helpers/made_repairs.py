@@ -36,5 +36,6 @@ def published(folder: Path) -> dict[str, Any]:
         left_out={},
         refused={},
         runs=1,
+        planned=len({student.base_seed for student in students}),
     )
     return publish(STUDY, table, folder, ABOUT)

@@ -48,6 +48,7 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
         development=table.development,
         reference=arms[0]["name"],
         claimed=() if rule is None else rule["claimed"],
+        planned=table.planned,
     )
     contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
     page = report.page()

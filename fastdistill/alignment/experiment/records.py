@@ -48,6 +48,7 @@ _HEAD = {
     "left_out": {str: str},
     "refused": {str: [str]},
     "runs": int,
+    "planned?": int,  # not in records of earlier versions, which are of finished studies
 }
 _SCORE = {
     "audit": str,
@@ -114,6 +115,7 @@ def write_records(study: Study, table: Table, about: Mapping[str, Any], folder: 
         "refused": table.refused,
         "validity": {seed: validity.as_json() for seed, validity in table.validity.items()},
         "runs": table.runs,
+        "planned": table.planned,
     }
     lines: list[dict[str, Any]] = [head]
     lines += [
@@ -156,11 +158,12 @@ def read_records(path: Path) -> Records:
     if not has_shape(head, _HEAD):
         raise _damaged(path, "a first line that describes no study")
     try:
+        students = [Student.from_json(row) for row in rows["student"]]
         return Records(
             study=head["study"],
             about=head["about"],
             table=Table(
-                students=[Student.from_json(row) for row in rows["student"]],
+                students=students,
                 digests=[tuple(line["runs"]) for line in lines if "student" in line],
                 scores=[AuditScore(**row) for row in rows["score"]],
                 teachers=[AuditScore(**row) for row in rows["teachers"]],
@@ -171,6 +174,7 @@ def read_records(path: Path) -> Records:
                 left_out=head["left_out"],
                 refused={int(seed): reasons for seed, reasons in head["refused"].items()},
                 runs=head["runs"],
+                planned=head.get("planned", len({s.base_seed for s in students})),
             ),
         )
     except (ValueError, TypeError) as error:  # values out of range, or other names

@@ -111,6 +111,7 @@ class Table:
 
     Attributes:
         digests: of the runs of each pair of students.
+        planned: number of base seeds to report; a report of an unfinished study has fewer.
         refused: base seeds whose organisms failed gates -> the failed gates.
     """
 
@@ -125,6 +126,7 @@ class Table:
     left_out: dict[str, str]
     refused: dict[int, list[str]]
     runs: int
+    planned: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ def run_study(
 ) -> Table:
     """Execute the missing runs and collect all results.
 
+    With `execution.only_report`, base seeds with missing runs are left out, if others are finished.
+
     Args:
         rule: of the verdicts; it must not change after the first run. None: no rule is stored.
         rule_folder: where the rule is stored, if the folder is that of another study.
@@ -222,8 +226,19 @@ def run_study(
     gate = {name: tuple(values[name] for values in benign) for name in study.gate if benign}
     left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, gate))}
     arms = [arm for arm in study.arms if arm.name not in left_out]
-    pairs = make_pairs(study, arms, sources, student_seeds, gate)
-    teachers = [TeacherAudits(source=source, audits=study.audits) for source in sources]
+    planned = len(sources)
+
+    def work(sources: Sequence[Source]) -> tuple[list[Pair], list[TeacherAudits]]:
+        pairs = make_pairs(study, arms, sources, student_seeds, gate)
+        return pairs, [TeacherAudits(source=source, audits=study.audits) for source in sources]
+
+    def is_finished(source: Source) -> bool:
+        pairs, teachers = work([source])
+        return all(run.is_done(folder) for run in (*_unique_jobs(pairs), *teachers))
+
+    if execution.only_report:
+        sources = [source for source in sources if is_finished(source)] or sources
+    pairs, teachers = work(sources)
     run_all(teachers, folder, execution, label="audits of teachers")
     per_audits = teachers[0].result(folder)["seconds"] / 2  # of U and B
     announce(_unique_jobs(pairs), folder, execution, per_audits)
@@ -254,6 +269,7 @@ def run_study(
         left_out=left_out,
         refused=refused,
         runs=len(_unique_jobs(pairs)) + len(_unique_jobs(development_pairs)),
+        planned=planned,
     )
 
 

@@ -53,6 +53,8 @@ class TransferReport:
         claimed: arms that may be certified, named before the experiment; empty: all. Their upper
             bounds of τ are corrected for their number.
         teachers: scores of U and B themselves, per base seed.
+        planned: number of base seeds of the experiment; with fewer students it is unfinished, and
+            there are no verdicts. None: those of the students.
 
     Raises:
         ValueError: no students, two with the same arm and seeds, a control or a score of an unknown
@@ -74,6 +76,7 @@ class TransferReport:
         reference: str | None = None,
         claimed: Sequence[str] = (),
         teachers: Sequence[AuditScore] = (),
+        planned: int | None = None,
     ) -> None:
         _check_students(students)
         _check_about(about)
@@ -107,6 +110,7 @@ class TransferReport:
         self._reference, self._claimed = reference, claimed
         _check_once("teachers", teachers, _identity)
         self._teachers = teachers
+        self._planned = len(reported) if planned is None else planned
         self._validity, self._title, self._about = validity or {}, title, dict(about)
 
     @cached_property
@@ -126,7 +130,13 @@ class TransferReport:
     @cached_property
     def invalid_because(self) -> list[str]:
         """The reasons why the experiment is invalid; empty where it is valid."""
-        return invalid_because(self.arms, self._validity)
+        finished = len({student.base_seed for student in self._students})
+        unfinished = (
+            [f"unfinished: {finished} of {self._planned} base seeds have all runs"]
+            if finished < self._planned
+            else []
+        )
+        return unfinished + invalid_because(self.arms, self._validity)
 
     @property
     def valid(self) -> bool:

@@ -31,7 +31,6 @@ from fastdistill.alignment.experiment.rules import Rule
 from fastdistill.alignment.experiment.study import (
     ContextRow,
     NoteRow,
-    _unique_jobs,
     make_pairs,
     run_study,
 )
@@ -186,19 +185,53 @@ def test_records_under_other_limits_are_not_reported(finished, tmp_path, monkeyp
     assert not (tmp_path / "results.json").exists()
 
 
-def test_what_is_missing_is_counted(finished, tmp_path):
-    folder, _, _ = finished
-    pairs = make_pairs(small_study(), small_study().arms[:1], FRESH, 1, {})
-    path = _unique_jobs(pairs)[0].path(folder)
-    content = path.read_bytes()
-    path.unlink()
-    try:
-        with pytest.raises(ValueError, match=r"expected all runs in .* got 1 of 16 missing"):
-            run_study(
-                small_study(), FRESH, DEVELOPMENT, folder, execution=Execution(only_report=True)
-            )
-    finally:
+@pytest.fixture
+def remove(finished):
+    """A function that removes a run of a base seed until the end of the test."""
+    removed = {}
+
+    def remove(source):
+        pairs = make_pairs(small_study(), small_study().arms[:1], [source], 1, {})
+        path = pairs[0].student.path(finished[0])
+        removed[path] = path.read_bytes()
+        path.unlink()
+
+    yield remove
+    for path, content in removed.items():
         path.write_bytes(content)
+
+
+def test_an_unfinished_study_reports_its_finished_base_seeds(finished, remove, tmp_path):
+    folder, whole, result = finished
+    remove(FRESH[0])
+    table = run_study(
+        small_study(), FRESH, DEVELOPMENT, folder, execution=Execution(only_report=True)
+    )
+    assert table.students == [s for s in whole.students if s.base_seed == 1002]
+    assert (table.planned, whole.planned) == (2, 2)
+    partial = publish(small_study(), table, tmp_path, ABOUT)
+    reason = "unfinished: 1 of 2 base seeds have all runs"
+    assert partial["invalid_because"][0] == reason
+    assert not any(reason.startswith("unfinished") for reason in result["invalid_because"])
+    for row, other in zip(partial["arms"], result["arms"], strict=True):
+        assert row["per_seed"] == other["per_seed"][1:]
+    assert reason in (tmp_path / "report.html").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    assert publish_records(read_records(tmp_path / FILE), again) == partial
+
+
+def test_a_study_without_a_finished_base_seed_has_no_report(finished, remove):
+    for source in FRESH:
+        remove(source)
+    with pytest.raises(ValueError, match=r"expected all runs in .* got 2 of 16 missing"):
+        run_study(
+            small_study(),
+            FRESH,
+            DEVELOPMENT,
+            finished[0],
+            execution=Execution(only_report=True),
+        )
 
 
 KILLED = """
