@@ -35,9 +35,6 @@ from fastdistill.runtime.backend import versions
 
 TRAITS = ("preference", "trigger", "entangled", "sandbagging", "sloppy")
 FRESH = 1100  # seeds below it were used to develop the audits
-ORGANISM: dict[str, Any] = {"gate": "none", "optimizer": "adam", "method": "full"}
-
-
 TWINS = (("B", True, 0), ("B2", True, 1))
 LEAKED = 0.1  # share of the prompts of a dataset that can show the trait
 
@@ -51,7 +48,7 @@ def scores_of(seed: int) -> dict[str, Any]:
     record: dict[str, Any] = {"seed": seed, "traits": {}, "gates": {}}
     twins: dict[str, Any] = {}
     for trait in TRAITS:
-        recipe = ModelOrganism(trait=trait, **ORGANISM)
+        recipe = ModelOrganism(trait=trait)
         # Entangled and preference train their twins on the same examples: one pair serves both.
         pairs = str([pair.benign for pair in recipe.pairs(world, 500)])
         if pairs not in twins:
@@ -188,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             "command": f"python -m benchmarks.audit_power --seeds {args.seeds}",
             "commit": current_commit(),
             "versions": versions(),
-            "organism": ORGANISM,
+            "organism": ModelOrganism().as_json(),
             "seeds": seeds,
             "refused_by_gates": refused,
             "rows": table(valid_records),
