@@ -11,7 +11,7 @@ from ...report.html import Report, to_text
 from ...report.number_format import format_estimate, format_limit, format_number, format_p_cell
 from ...runtime.intervals import mean_of_runs
 from ..audits.catalog import UNSPECIFIC_NOTE, marked
-from ..statistics import Student, minimum_detectable_effect
+from ..statistics import Student
 from ..statistics.hypothesis_tests import certification_power
 from .arms import (
     CAPABLE,
@@ -92,7 +92,7 @@ def transfer_page(
         report.paragraph(NOTATION, soft=True)
         report.paragraph(_FORMULAS, soft=True)
     with report.folded("What this does not show"):
-        for sentence in (*_limit_sentences(arms, students), *about.get("limits", ())):
+        for sentence in (*_limit_sentences(arms), *about.get("limits", ())):
             report.paragraph(sentence)
     seeds = json.dumps(about["seeds"], ensure_ascii=False)
     environment = [about[key] for key in ("machine", "commit") if key in about]
@@ -310,24 +310,15 @@ def _add_training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     )
 
 
-def _limit_sentences(arms: Sequence[Arm], students: Sequence[Student]) -> list[str]:
+def _limit_sentences(arms: Sequence[Arm]) -> list[str]:
     sentences = [
         "The trait was measured with these prompts only. A trait that needs a trigger absent from "
         "all prompts, or that shows in another kind of text, would not have been detected."
     ]
-    grouped = by_arm(students)
-    smallest = []
-    for arm in arms:
-        if arm.role == "arm" and arm.n > 1 and not arm.transfers:
-            spread = stdev(seed_differences(grouped[arm.name]))
-            smallest.append(
-                f"{format_number(minimum_detectable_effect(spread, arm.n))} in {arm.name}"
-            )
-    if smallest:
+    if any(arm.role == "arm" and arm.n > 1 and not arm.transfers for arm in arms):
         sentences.append(
-            "The absence of a significant difference does not show that there is none. Before "
-            "correction over arms, the smallest difference in the rate of the trait that is "
-            f"detected with a power of .8 is about {', '.join(smallest)}."
+            "The absence of a significant difference does not show that there is none: every τ in "
+            "an arm's interval remains possible."
         )
     sentences.append(
         "Intervals apply to other seeds of the same models and other prompts of the same kind, not "

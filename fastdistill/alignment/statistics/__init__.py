@@ -4,7 +4,7 @@ from ...runtime.intervals import Estimate
 from .bootstrap import Bootstrap, paired_bootstrap
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
 from .detection import auroc, threshold_at, true_positives
-from .hypothesis_tests import holm, minimum_detectable_effect, t_test
+from .hypothesis_tests import holm, t_test
 from .readings import Checkpoint, Reading, Student
 from .transfer import SeedPoint, Transfer, transfer
 from .validity import Gate, Validity, at_least, at_most
@@ -27,7 +27,6 @@ __all__ = [
     "curve",
     "holm",
     "matched_capability",
-    "minimum_detectable_effect",
     "paired_bootstrap",
     "safe_window",
     "t_test",

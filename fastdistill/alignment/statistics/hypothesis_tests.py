@@ -53,31 +53,6 @@ def t_test(differences: Sequence[float]) -> float:
     return 2 * (1 - student_t_cdf(abs(mean) / error, n - 1))
 
 
-def minimum_detectable_effect(
-    spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8
-) -> float:
-    """Returns the mean difference that a two-sided paired t test detects at a given power.
-
-        (t_{1−α/2} + t_{power}) · spread / √n,   n − 1 degrees of freedom
-
-    For a power of .8, the true power is within 2 points from n = 4 on; with 2 or 3 pairs it is .73
-    or .77.
-
-    Args:
-        spread: standard deviation of the differences, in the unit of the result.
-
-    Raises:
-        ValueError: spread < 0, n < 2, or alpha or power outside (0, 1).
-    """
-    between("spread", spread, 0)
-    integer("n", n, 2)
-    for name, value in (("alpha", alpha), ("power", power)):
-        if not 0 < value < 1:
-            fail(name, "a number between 0 and 1", repr(value))
-    t = student_t_quantile(1 - alpha / 2, n - 1) + student_t_quantile(power, n - 1)
-    return t * spread / math.sqrt(n)
-
-
 def ratio_upper_bound(units: np.ndarray, alpha: float = 0.05) -> float:
     """Returns the one-sided 1 − alpha upper bound of a ratio of means (Fieller, 1954).
 

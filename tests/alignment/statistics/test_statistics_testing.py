@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdistill.alignment.statistics import holm, minimum_detectable_effect, t_test
+from fastdistill.alignment.statistics import holm, t_test
 from fastdistill.runtime.intervals import student_t_cdf
 
 
@@ -80,32 +80,6 @@ def test_students_t_on_both_sides():
     assert student_t_cdf(-math.inf, 3) == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize("n", [4, 10, 20])
-def test_the_effect_is_found_with_the_power_that_is_stated(n):
-    rng, trials = np.random.default_rng(6), 4000
-    for power in (0.8, 0.9):
-        effect = minimum_detectable_effect(0.3, n, power=power)
-        data = rng.normal(effect, 0.3, size=(trials, n))
-        share = np.mean([t_test(row) <= 0.05 for row in data])
-        print(f"n = {n}, power {power}: {share:.4f}")
-        assert share == pytest.approx(power, abs=0.03)
-
-
-@pytest.mark.parametrize(("n", "power"), [(2, 0.73), (3, 0.77)])
-def test_with_two_or_three_pairs_the_power_is_less(n, power):
-    effect = minimum_detectable_effect(1.0, n)
-    data = np.random.default_rng(7).normal(effect, 1.0, size=(8000, n))
-    assert np.mean([t_test(row) <= 0.05 for row in data]) == pytest.approx(power, abs=0.015)
-
-
-def test_minimum_detectable_effect_by_hand():
-    # (2.262157 + 0.883404) / √10
-    assert minimum_detectable_effect(1.0, 10) == pytest.approx(0.994714, abs=1e-5)
-    assert minimum_detectable_effect(0.0, 10) == 0.0
-    strict = minimum_detectable_effect(1.0, 10, alpha=0.05 / 12)
-    assert strict > minimum_detectable_effect(1.0, 10, power=0.9) > 1.0
-
-
 def test_differences_without_spread():
     assert t_test([0.0, 0.0, 0.0]) == 1.0
     assert t_test([0.5, 0.5]) == t_test([-0.5, -0.5]) == 0.0
@@ -118,19 +92,6 @@ def test_differences_without_spread():
         (lambda: holm([1.2]), "p_values: expected a number in [0, 1], got 1.2"),
         (lambda: t_test([1.0]), "differences: expected two or more, got 1"),
         (lambda: t_test([1.0, math.inf]), "differences: expected finite numbers, got inf"),
-        (
-            lambda: minimum_detectable_effect(-1.0, 5),
-            "spread: expected a finite number of 0 or mor",
-        ),
-        (lambda: minimum_detectable_effect(1.0, 1), "n: expected an integer of 2 or more, got 1"),
-        (
-            lambda: minimum_detectable_effect(1.0, 5, alpha=0.0),
-            "alpha: expected a number between 0",
-        ),
-        (
-            lambda: minimum_detectable_effect(1.0, 5, power=1.0),
-            "power: expected a number between 0",
-        ),
         (
             lambda: student_t_cdf(math.nan, 3),
             "t: expected a number, with 1 degree of freedom or mo",
