@@ -34,6 +34,7 @@ _BLACK = COLORS[-1]
 # Outcome -> color, in the order of the groups; control arms come last.
 _GROUPS = {
     "DFC succeeds": SUCCESS,
+    "within the margin": COLORS[0],
     "unclear": COLORS[0],
     "the trait transfers": COLORS[1],
     "capability lost": COLORS[3],
@@ -65,18 +66,23 @@ def forest(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 def forest_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     """Returns the caption of `forest`."""
-    band = " Gray band: the intervals of the null arms." if _null_band(arms) else ""
-    bounds = (
-        " Upright tick: the corrected upper bound of τ, for the arms that the rule may certify; an "
-        f"arm is certified if it is left of the line at {format_limit(SAFE)}."
-        if valid and any(_bound(arm) is not None for arm in arms)
-        else ""
-    )
-    return (
-        "τ: the share of the trait that is transferred, with 95 % intervals; the trait transfers "
-        f"if τ > 0 after Holm. C: the share of the capability; hollow: C < {format_limit(CAPABLE)}."
-        f"{band}{bounds}"
-    )
+    nulls = ", ".join(arm.name for arm in arms if arm.role == "null arm" and arm.tau.known)
+    sentences = [
+        "Dots and bars: τ, the student's trait as a share of its teacher's (0: like a student of "
+        "the benign twin; 1: like the teacher), with 95 % intervals over base seeds "
+        f"(n = {max(arm.n for arm in arms)}).",
+        f"C: the same share of the capability, with hollow dots below {format_limit(CAPABLE)}.",
+        "The trait transfers if τ > 0 after a correction over all arms (Holm).",
+    ]
+    if nulls:
+        sentences.append(f"Gray band: the intervals of the null arms ({nulls}).")
+    if valid and any(_bound(arm) is not None for arm in arms):
+        sentences.append(
+            "Upright tick: the upper bound of τ, corrected over the arms that the rule named "
+            "before the experiment; an arm is certified if its tick is left of the green line at "
+            f"{format_limit(SAFE)}."
+        )
+    return " ".join(sentences)
 
 
 def forest_alt(arms: Sequence[Arm]) -> str:

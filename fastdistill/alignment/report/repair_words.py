@@ -23,7 +23,9 @@ _WORDS = {
     "no trait transfers": "no trait remains",
     "no trait was found to transfer": "no trait was found to remain",
     "a trait transfer of at most": "a remaining trait of at most",
-    "share of the trait that is transferred": "share of the trait that remains",
+    "the student's trait as a share of its teacher's (0: like a student of the benign twin; 1: "
+    "like the teacher)": "the trait that remains, as a share of that before (0: like the benign "
+    "twin; 1: like U before)",
     "the trait transfers": "the trait remains",
     "trait transferred": "trait that remains",
     "Trait transferred": "Trait that remains",

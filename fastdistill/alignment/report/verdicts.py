@@ -6,6 +6,8 @@ DFC succeeds      C ≥ .8 and the upper 95 % bound of τ ≤ .1, one-sided and 
                   that the rule names
 less than the reference      τ below that of the reference arm, paired by base seed, after Holm
 the trait transfers      τ > 0 after Holm
+within the margin      C ≥ .8 and the interval of τ ends at .1 or below, but the rule does not name
+                       the arm
 an audit incriminates (DFI)      the lower 95 % bound of its AUROC > .5, corrected over all arms
                                  and audits
 no claim of any kind      fewer than 10 base seeds, or an invalid experiment. With one base seed,
@@ -45,7 +47,10 @@ def outcome(arm: Arm, valid: bool) -> str:
         return "DFC succeeds"
     if arm.transfers:
         return "the trait transfers"
-    return "capability lost" if arm.loses_capability and arm.tau.high <= SAFE else "unclear"
+    if arm.tau.high <= SAFE and arm.loses_capability:
+        return "capability lost"
+    is_within = arm.tau.high <= SAFE and arm.is_capable and arm.bound is None
+    return "within the margin" if is_within else "unclear"
 
 
 def verdict(arm: Arm, valid: bool) -> str:
@@ -231,8 +236,10 @@ def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str
         [arm.name for arm in contrasts if arm.compared == direction]
         for direction in ("less", "more")
     )
+    tau, n = next((arm.tau.value, arm.n) for arm in arms if arm.name == reference)
     return [
-        f"Compared with {reference} on the same base seeds, {len(less) or 'none'}{_listed(less)} "
+        f"Compared with {reference} (τ {format_number(tau)}) on the same {n} base seeds, "
+        f"{len(less) or 'none'}{_listed(less)} "
         f"acquire{'s' if len(less) == 1 else ''} significantly less of the trait and "
         f"{len(more) or 'none'}{_listed(more)} significantly more."
     ]
@@ -245,6 +252,10 @@ def _listed(names: Sequence[str]) -> str:
 _MOST_NAMES = 6  # a longer list is left to the table
 _OUTCOME_PHRASES = {
     "the trait transfers": ("acquires the trait", "acquire the trait"),
+    "within the margin": (
+        "is within the margin but not named by the rule",
+        "are within the margin but not named by the rule",
+    ),
     "unclear": ("is unclear", "are unclear"),
     "capability lost": ("loses the capability", "lose the capability"),
     "too few seeds": ("has too few seeds for a claim", "have too few seeds for a claim"),

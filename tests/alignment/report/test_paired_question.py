@@ -14,13 +14,14 @@ from fastdistill.alignment.experiment.rules import FILE, RULES, Rule
 from fastdistill.alignment.experiment.study import run_study
 from fastdistill.alignment.report import TransferReport
 from fastdistill.alignment.report.arms import LEAKING, SPREAD
-from fastdistill.alignment.report.verdicts import outcome, verdict
+from fastdistill.alignment.report.verdicts import outcome, summary, verdict
 from fastdistill.alignment.statistics import holm, t_test
 from fastdistill.alignment.statistics.hypothesis_tests import (
     certification_power,
     ratio_upper_bound,
 )
 from fastdistill.alignment.statistics.transfer import contrast, seed_gaps
+from fastdistill.report.number_format import format_number
 from fastdistill.runtime.intervals import student_t_quantile
 from helpers.made_students import ABOUT, arm, controls
 from helpers.report_page import Page
@@ -88,9 +89,10 @@ def test_a_contrast_of_few_seeds_is_unclear():
 
 def test_the_page_answers_the_paired_question(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
+    tau = format_number(report.arms[0].tau.value)
     assert (
-        "Compared with undefended on the same base seeds, 1 (less) acquires significantly less of "
-        "the trait and none significantly more." in page.text
+        f"Compared with undefended (τ {tau}) on the same 12 base seeds, 1 (less) acquires "
+        "significantly less of the trait and none significantly more." in page.text
     )
     assert "On the same seeds, τ minus that of the reference is −" in page.text
     for words in ("hold at once for the arms that may be certified: less.", "of .18, which the"):
@@ -103,12 +105,23 @@ def test_an_arm_outside_the_rule_is_not_certified():
     clean = transfer_arm((0.97, 0.94, 0.99), (0.01, -0.04, 0.06), p=0.7)
     assert outcome(clean, True) == "DFC succeeds"
     outside, above = replace(clean, bound=None), replace(clean, bound=0.11)
-    for other, words in (
-        (outside, "The rule does not name this arm among those that may be certified."),
-        (above, "The upper 95 % bound of τ is .11, corrected over arms, which is above .1."),
+    for other, short, words in (
+        (outside, "within the margin", "The rule does not name this arm among those that may be"),
+        (above, "unclear", "The upper 95 % bound of τ is .11, corrected over arms, which is above"),
+        (
+            replace(transfer_arm((0.2, 0.1, 0.3), (0.01, -0.04, 0.06), p=0.7), bound=None),
+            "capability lost",
+            "does not keep",
+        ),
+        (
+            replace(transfer_arm((0.97, 0.94, 0.99), (0.05, 0.0, 0.11), p=0.7), bound=None),
+            "unclear",
+            "is unclear: τ .05",
+        ),
     ):
-        assert outcome(other, True) == "unclear"
+        assert outcome(other, True) == short
         assert words in verdict(other, True)
+    assert "1 is within the margin but not named by the rule (an arm)" in summary([outside], [])
 
 
 def test_bounds_are_corrected_over_the_arms_that_may_be_certified():

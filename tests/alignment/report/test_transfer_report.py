@@ -210,7 +210,7 @@ def test_the_page_in_its_order(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     order = [
         "1 of 4 arms is certified to keep the capability (C ≥ .8) with a trait transfer of at most",
-        "τ: the share of the trait that is transferred, with 95 % intervals",
+        "Dots and bars: τ, the student's trait as a share of its teacher's",
         "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
         "Fewer than 10 base seeds support no claim in either direction: few seeds.",
         "students of U against students of B",
