@@ -28,13 +28,12 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 html { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 46rem; padding: 3rem 1.25rem 5rem; background: var(--paper);
+body { margin: 0 auto; max-width: 46rem; padding: 1.5rem 1.25rem 5rem; background: var(--paper);
   color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif;
   overflow-wrap: break-word; }
 h1 { font-size: 1.75rem; line-height: 1.25; letter-spacing: -0.01em; margin: 0 0 0.5rem; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; }
 p { margin: 0.5rem 0 1rem; }
-.lead { font-size: 1.1rem; }
 .soft, figcaption, caption { color: var(--soft); font-size: 0.9rem; }
 .scroll { overflow-x: auto; width: max-content; min-width: 100%; position: relative; left: 50%;
   max-width: min(70rem, 100vw - 4rem); transform: translateX(-50%); }
@@ -49,7 +48,7 @@ thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: nor
   vertical-align: bottom; }
 table.text th, table.text td { text-align: left; white-space: pre-wrap; vertical-align: top;
   overflow-wrap: anywhere; }
-figure { margin: 1.25rem 0; }
+figure { margin: 0.75rem 0; }
 /* Figures keep a white background in dark mode, so that their colors do not change. */
 figure svg { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px;
   border: 1px solid var(--line); font-family: "DejaVu Sans", Verdana, sans-serif; }
@@ -74,7 +73,7 @@ class Report:
 
     def __init__(self, title: str, lead: str) -> None:
         self._title = title
-        self._blocks = [f"<h1>{_text(title)}</h1>", f'<p class="lead">{_text(lead)}</p>']
+        self._blocks = [f"<h1>{_text(title)}</h1>", f'<p>{_text(lead)}</p>']
         self._figures = 0
 
     def heading(self, text: str) -> None:

@@ -28,7 +28,7 @@ from ...runtime.printable import printable
 from .arms import CAPABLE, SAFE, Arm
 from .verdicts import outcome
 
-_WIDTH, _ROW = 5.4, 0.185  # inches, of the figure and of the height of a row
+_WIDTH, _ROW = 5.4, 0.172  # inches, of the figure and of the height of a row
 _LEFT, _RIGHT, _BOTTOM, _TOP = 1.65, 0.5, 0.42, 0.25  # margins in inches
 _BLACK = COLORS[-1]
 # Outcome -> color, in the order of the groups; control arms come last.
