@@ -73,7 +73,7 @@ class Report:
 
     def __init__(self, title: str, lead: str) -> None:
         self._title = title
-        self._blocks = [f"<h1>{_text(title)}</h1>", f'<p>{_text(lead)}</p>']
+        self._blocks = [f"<h1>{_text(title)}</h1>", f"<p>{_text(lead)}</p>"]
         self._figures = 0
 
     def heading(self, text: str) -> None:
