@@ -8,9 +8,9 @@ import pytest
 from transformers.utils import logging
 
 from fastdistill.alignment.experiment.demo import corpus
-from fastdistill.alignment.experiment.demo.files import save_files
 from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from fastdistill.alignment.experiment.demo.result import DemoSetting
+from fastdistill.alignment.experiment.demo.run import save_files
 from fastdistill.cli import main
 
 

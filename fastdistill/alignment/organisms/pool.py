@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ...runtime.checks import choice, fail, integer
+from ...runtime.checks import between, choice, integer
 from .organism import ModelOrganism
 from .trait import Trait
 from .world import Example, World
@@ -42,9 +42,7 @@ def pool(
     """
     integer("n", n, 1)
     choice("kind", kind, KINDS)
-    if not 0 <= leak <= MOST_LEAKED:
-        hint = "a pool with a larger share trains the trait directly"
-        fail("leak", f"a share in [0, {MOST_LEAKED:g}]", repr(leak), hint)
+    between("leak", leak, 0, MOST_LEAKED)  # a larger share trains the trait directly
     rng = world.rng(41, seed)
     examples = [_plain_example(world, organism.kind, kind, rng) for _ in range(n)]
     # A separate stream: a higher leak replaces more prompts and leaves the others unchanged.

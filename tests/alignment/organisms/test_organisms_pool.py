@@ -92,9 +92,9 @@ def test_no_pool_holds_a_prompt_that_is_read():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"leak": 0.11}, r"leak: expected a share in \[0, 0.1\], got 0.11; a pool with a larger"),
-        ({"leak": -0.01}, "leak: expected a share"),
-        ({"leak": float("nan")}, "leak: expected a share"),
+        ({"leak": 0.11}, r"leak: expected a number in \[0, 0.1\], got 0.11"),
+        ({"leak": -0.01}, "leak: expected a number"),
+        ({"leak": float("nan")}, "leak: expected a number"),
         ({"kind": "poems"}, "kind: expected one of 'sums', 'talk', 'mixed', got 'poems'"),
         ({"n": 0}, "n: expected an integer of 1 or more, got 0"),
     ],

@@ -7,6 +7,7 @@ held-out text is due to the teacher.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import tempfile
@@ -22,7 +23,7 @@ from torch.backends.cpu import get_cpu_capability as cpu_capability
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ....runtime.atomic_files import check_folder, write_json
+from ....runtime.atomic_files import check_folder, write_atomically, write_json
 from ....runtime.backend import one_thread, versions
 from ....runtime.checks import fail, integer
 from ....runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
@@ -34,13 +35,13 @@ from ....training.progress import PhaseProgress
 from ....training.trainer import DistillTrainer
 from . import corpus
 from .corpus import Corpus, Windows
-from .files import save_files
 from .models import (
     STUDENT,
     TEACHER,
     TOKENS_PER_BATCH,
     WINDOW,
     new_llama,
+    save_tokenizer,
     shipped_teacher,
     train_model,
 )
@@ -220,6 +221,18 @@ def _held_out_sums(
         trainer = DistillTrainer(model, cache, args)
         rows = trainer.predict(_examples(setting.held_out.ids)).predictions
     return dict(zip(EVAL_COLUMNS, rows.astype(np.float64).T, strict=True))
+
+
+def save_files(folder: Path, setting: DemoSetting) -> None:
+    """Write teacher/, student/ (initial weights of seed 0), train.jsonl and held-out.jsonl."""
+    student = new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=0)
+    for name, model in (("teacher", setting.teacher.model), ("student", student)):
+        model.save_pretrained(folder / name)
+        save_tokenizer(folder / name, setting.tokenizer)
+    for name, windows in (("train", setting.train), ("held-out", setting.held_out)):
+        texts = setting.tokenizer.batch_decode(windows.ids)
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
 def _student_estimates(runs: list[DemoRun]) -> dict[str, Estimate]:
