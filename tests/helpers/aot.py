@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.runtime import driver
 
 # 16 and more bytes of global memory at once, asynchronous copies included, and barriers.
@@ -48,20 +52,59 @@ class Pretend:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def disassembled(cubin: bytes) -> dict[str, Any]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """The registers and the bytes of stack that a kernel uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def dump(*options: str) -> str:
-            command = [str(BIN / "cuobjdump"), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = dump("--dump-resource-usage"), dump("-sass")
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
     counts = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": counts["REG"], "stack": counts["STACK"] + counts["LOCAL"]}
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the kernel in a cubin, an ELF file: its only section .text.NAME."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of each section: name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", sections[names][4] + name)
+    )
+    return code
+
+
+def assembly(codes: list[bytes], target: int) -> list[str]:
+    """The instructions of each code as text.
+
+    nvdisasm takes 0.4 s to start, so that one call reads all codes of a target, end to end.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = tool(
+            "nvdisasm", "--binary", sm_arch_from_capability(target).replace("sm_", "SM"), file.name
+        )
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/(.*)", text)
+    ends = list(accumulate(map(len, codes)))
+    assert len(instructions) * 16 == ends[-1]  # bytes of an instruction
+    lines: list[list[str]] = [[] for _ in codes]
+    for address, line in instructions:
+        lines[bisect_right(ends, int(address, 16))].append(line)
+    return ["\n".join(each) for each in lines]
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of a tool that Triton ships."""
+    command = [str(BIN / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions_of(code: str) -> dict[str, Any]:
+    """What the tests look at in the instructions of a kernel."""
     return {
-        "registers": counts["REG"],
-        "stack": counts["STACK"] + counts["LOCAL"],
         "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "fma": len(re.findall(r"\bFFMA2?\b", code)),
         # Wide loads L, wide stores S and barriers B, in the order of the code.
@@ -71,16 +114,25 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
     }
 
 
-def compiled(kernel: Any, target: int, pretend: Pretend, options: dict[str, Any]) -> dict[str, Any]:
+def compiled(
+    target: int, kernels: list[tuple[Any, dict[str, Any]]], pretend: Pretend
+) -> list[dict[str, Any]]:
+    """A row for each kernel with its options, compiled for a target."""
     pretend.capability = target
-    built = kernel.warmup(grid=(1,), **options)
-    return {
-        "kernel": kernel.__name__,
-        "target": target,
-        "key": describe(kernel, options),
-        "shared": built.metadata.shared,
-        **disassembled(built.asm["cubin"]),
-    }
+    built = [kernel.warmup(grid=(1,), **options) for kernel, options in kernels]
+    cubins = [each.asm["cubin"] for each in built]
+    codes = assembly([machine_code(cubin) for cubin in cubins], target)
+    return [
+        {
+            "kernel": kernel.__name__,
+            "target": target,
+            "key": describe(kernel, options),
+            "shared": each.metadata.shared,
+            **resources(cubin),
+            **instructions_of(code),
+        }
+        for (kernel, options), each, cubin, code in zip(kernels, built, cubins, codes, strict=True)
+    ]
 
 
 def describe(kernel: Any, options: dict[str, Any]) -> str:
@@ -117,13 +169,12 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
     gpu = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.gpu_")]
     for module in (*gpu, triton_filter, triton_quant):
         vars(module)["launch"] = launch
+        for name in {"product", "add_product"} & vars(module).keys():
+            vars(module)[name] = lambda *args, **options: None
     run_everything()
     run_quantised(triton_quant)
-    return [
-        compiled(kernel, target, pretend, options)
-        for kernel, options in seen.values()
-        for target in targets
-    ]
+    kernels = list(seen.values())
+    return [row for target in targets for row in compiled(target, kernels, pretend)]
 
 
 def run_everything() -> None:
