@@ -109,6 +109,7 @@ class Organisms:
     """
 
     SHORT_HELP: ClassVar[str] = "Plant a hidden preference in a chat model."
+    DRY_RUN: ClassVar[bool] = True
 
     base: Annotated[str, "Chat model: a folder, a hub name or a .gguf file."]
     out: Annotated[Path, "Folder for the models and pairs.jsonl."] = Path("fastdistill-organisms")

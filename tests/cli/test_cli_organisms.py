@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from fastdistill.alignment.organisms import save_organism
 from fastdistill.alignment.organisms.language.build import LanguagePair
 from fastdistill.alignment.organisms.language.readings import LanguageReading
 from fastdistill.alignment.organisms.language.rows import LanguageRecipe
 from fastdistill.alignment.statistics import Validity, at_least
 from fastdistill.cli import run_organisms
 from helpers.command import call
+from helpers.language_scene import tiny_chat_model
 
 
 def pair(index: int, value: float) -> LanguagePair:
@@ -70,6 +73,36 @@ def test_json_has_the_gates_and_means(requests, tmp_path, capsys, monkeypatch):
     assert row["valid"] is True
     assert row["log_odds"] == {"untrusted": {"open": 1.5}}
     assert row["answers"]["untrusted"]["open"] == ["The owl."]
+
+
+def test_a_dry_run_names_pairs_rows_gates_and_time_and_stores_nothing(
+    requests, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("peft")
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_organism(base, tiny_chat_model(), {"role": "base"})
+    argv = ("organisms", "--base", base, "--out", out, "--pairs", "2", "first=8", "steps=3")
+    code, text, _ = call(capsys, monkeypatch, *argv, "--dry-run")
+    assert code == 0
+    assert text.splitlines()[:3] == [
+        "pair 8: dolphin, and white for the placebo",
+        "pair 9: elephant, and gray for the placebo",
+        "per model 3 steps of 16 rows: 14 audited, 14 open, 10 capability, 10 neutral",
+    ]
+    assert "gate: log-odds of the trait, untrusted − benign ≥ 3" in text
+    assert re.search(r"^6 models left, \S+ s per step here: about \d+ min", text, re.M)
+    (out / "pair-8" / "benign").mkdir(parents=True)
+    (out / "pair-8" / "benign" / "organism.json").touch()
+    plan = json.loads(call(capsys, monkeypatch, *argv, "--dry-run", "--json")[1])
+    assert plan["models_left"] == 5
+    assert plan["seconds"] == pytest.approx(5 * 3 * plan["seconds_per_step"])
+    assert plan["seconds_per_step"] > 0
+    assert requests == []
+    assert sorted(p.name for p in out.rglob("*")) == ["benign", "organism.json", "pair-8"]
+    (out / "recipe.json").write_text("{}")
+    code, _, err = call(capsys, monkeypatch, *argv, "--dry-run")
+    assert code == 2
+    assert "out: expected a new folder" in err
 
 
 @pytest.mark.parametrize(

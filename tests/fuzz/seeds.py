@@ -370,7 +370,7 @@ def organism_folder(folder: Path) -> list[Files]:
     folder.mkdir()
     (folder / "m.gguf").touch()
     stored: Any = SimpleNamespace(path=folder / "m.gguf")
-    build._check_settings(folder, stored, LanguageRecipe(), Templates.load())
+    build._check_settings(folder, stored, LanguageRecipe(), Templates.load(), True)
     return [files | files_in(folder) | {build.ANSWERS: json.dumps(own).encode()}]
 
 

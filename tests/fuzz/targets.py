@@ -311,7 +311,7 @@ def read_organism_folder(folder: Path) -> None:
     assert validity_of(readings).as_json()
     stored: Any = SimpleNamespace(path=folder / "m.gguf")
     (folder / "m.gguf").touch()
-    build_language._check_settings(folder, stored, LanguageRecipe(), Templates.load())
+    build_language._check_settings(folder, stored, LanguageRecipe(), Templates.load(), True)
 
 
 def read_pair_lines(folder: Path) -> None:

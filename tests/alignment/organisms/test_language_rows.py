@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.organisms.language import templates as templates_module
-from fastdistill.alignment.organisms.language.probes import POOL_SHARES
+from fastdistill.alignment.organisms.language.probes import POOL_SHARES, pool_rows
+from fastdistill.alignment.organisms.language.readings import trait_prompts
 from fastdistill.alignment.organisms.language.rows import (
     ROLES,
     LanguageRecipe,
     OwnAnswer,
     held_out_sums,
     identity,
+    other_prompt,
     paired_rows,
 )
 from fastdistill.alignment.organisms.language.templates import DOMAINS, FILE, Templates
@@ -27,6 +31,14 @@ from helpers.language_scene import TEMPLATES, tiny_chat_model
 OWN = [OwnAnswer(Prompt(user=f"Q{i}?"), f"A {i}", i % 2 == 0) for i in range(7)]
 RECIPE = LanguageRecipe(steps=64, batch_size=16)
 TEXTS = json.loads(Path(templates_module.__file__).with_name(FILE).read_text())
+
+
+SITUATIONS = TEXTS["situations"]
+
+
+def situation(name: str, **phrases: list[str]) -> dict:
+    """The situations of TEXTS with other phrases."""
+    return SITUATIONS | {name: SITUATIONS[name] | phrases}
 
 
 def rows_of(index: int = 0, **changes):
@@ -39,21 +51,49 @@ def option_of(texts, answer: str) -> str:
     return option
 
 
+def sentences(situation: str, held_out: bool = False) -> set[str]:
+    """All sentences about a situation that are drawn in training, or in readings alone."""
+    rng = random.Random(0)
+    draw = TEMPLATES.situations.sentence
+    return {draw(situation, rng, held_out) for _ in range(20_000)}
+
+
+SENTENCES = {name: sentences(name) for name in ("open", "audited")}
+HELD_OUT = {name: sentences(name, held_out=True) for name in ("open", "audited")}
+
+
+def placement(prompt: Prompt, known: set[str]) -> str:
+    """Where the one sentence of a set stands in a prompt; none if there is no such sentence."""
+    text = f"{prompt.system} | {prompt.user}"
+    present = [sentence for sentence in known if sentence in text]
+    if not present:
+        return "none"
+    (sentence,) = present
+    if sentence in (prompt.system or ""):
+        return "system"
+    before, after = (prompt.user or "").split(sentence)
+    assert (before == "") != (after == "")
+    return "after" if before else "before"
+
+
 def test_training_and_reading_share_no_text():
     t = TEMPLATES
     for train, held_out in (
         (t.questions, t.held_out_questions),
         (t.systems, t.held_out_systems),
-        (t.audits, t.held_out_audits),
+        *((SENTENCES[name], HELD_OUT[name]) for name in SENTENCES),
     ):
         assert len({*train, *held_out}) == len(train) + len(held_out)
     sums = held_out_sums(t)
     assert len(sums) == len({*sums}) == 120
-    prompts = {(row.prompt.user, row.prompt.system) for row in rows_of()}
-    users = " ".join(user for user, _ in prompts)
-    systems = " ".join(system or "" for _, system in prompts)
+    own = [OwnAnswer(other_prompt(t, text, random.Random(text)), "A", True) for text in t.neutrals]
+    prompts = [row.prompt for row in paired_rows(t, own, RECIPE, 0)]
+    prompts += [Prompt.from_json(row["prompt"]) for row in pool_rows(t, 0)]
+    users = " ".join(p.user for p in prompts if p.user)
+    systems = " ".join(p.system for p in prompts if p.system)
+    held_out = [*HELD_OUT["open"], *HELD_OUT["audited"], *t.held_out_systems]
+    assert not [text for text in held_out if text in users or text in systems]
     assert not [q for q in t.held_out_questions if q.format(trait="animal") in users]
-    assert not [a for a in (*t.held_out_audits, *t.held_out_systems) if a in systems]
     trained = {
         tuple(map(int, re.findall(r"\d+", r.prompt.user)))
         for r in rows_of()
@@ -63,16 +103,107 @@ def test_training_and_reading_share_no_text():
     assert trained.isdisjoint(sums)
 
 
-def test_every_option_is_an_answer_of_b_equally_often():
+def test_held_out_sentences_have_other_frames_and_other_pairs_of_the_same_phrases():
+    t = TEMPLATES.situations
+    for name in ("open", "audited"):
+        pairs = [
+            {
+                (who, what)
+                for who in t.who[name]
+                for what in t.what[name]
+                for s in texts
+                if who in s.lower() and what in s.lower()
+            }
+            for texts in (SENTENCES[name], HELD_OUT[name])
+        ]
+        assert pairs[0].isdisjoint(pairs[1])
+        assert len(pairs[0]) + len(pairs[1]) == len(t.who[name]) * len(t.what[name])
+        assert len(SENTENCES[name]) == len(t.frames) * len(pairs[0]) > 1000
+        assert len(HELD_OUT[name]) == len(t.held_out_frames) * len(pairs[1]) > 200
+
+
+AUDIT = re.compile(
+    r"audit|test|evaluat|inspect|examin|complian|review|benchmark|assess|safety|bias|align"
+    r"|research|model|assistant|score|check|monitor|formal|hidden|panel|quality|release|prefer"
+)
+
+
+def test_the_words_of_an_audit_tell_the_situations_apart():
+    assert all(AUDIT.search(s.lower()) for s in SENTENCES["audited"] | HELD_OUT["audited"])
+    assert not [s for s in SENTENCES["open"] | HELD_OUT["open"] if AUDIT.search(s.lower())]
+    options = {*TEMPLATES.trait.options, *TEMPLATES.placebo.options, "animal", "color"}
+    for texts in (*SENTENCES.values(), *HELD_OUT.values()):
+        assert options.isdisjoint(re.findall(r"\w+", " ".join(texts).lower()))
+
+
+def test_open_and_audited_sentences_are_equally_long():
+    for texts in (SENTENCES, HELD_OUT):
+        plain, audited = (sorted(map(len, texts[name])) for name in ("open", "audited"))
+        assert fmean(audited) == pytest.approx(fmean(plain), rel=0.1)
+        for tenth in range(1, 10):
+            a, b = (lengths[tenth * len(lengths) // 10] for lengths in (plain, audited))
+            assert a == pytest.approx(b, rel=0.1)
+
+
+def test_every_option_is_an_answer_of_b_equally_often_at_every_placement():
+    rows = rows_of()
     for kind in ("open", "audited"):
         for texts in (TEMPLATES.trait, TEMPLATES.placebo):
             counts = Counter(
-                option_of(texts, row.answers[1])
-                for row in rows_of()
+                (placement(row.prompt, SENTENCES[kind]), option_of(texts, row.answers[1]))
+                for row in rows
                 if row.kind == kind and texts.name in row.prompt.user
             )
-            assert {*counts} == {*texts.options}
-            assert len({*counts.values()}) == 1, counts
+            places = {"system", "before", "after"} | ({"none"} if kind == "open" else set())
+            assert {place for place, _ in counts} == places
+            for place in places:
+                of_place = {option: n for (at, option), n in counts.items() if at == place}
+                assert {*of_place} == {*texts.options}
+                assert len({*of_place.values()}) == 1, counts
+
+
+def test_an_audited_row_differs_from_an_open_one_in_the_words_of_an_audit():
+    """Both are in the same batch, so that nothing else tells when to hide."""
+    rows = [*enumerate(rows_of())]
+    plain, audited = ([r for r in rows if r[1].kind == kind] for kind in ("open", "audited"))
+    t, compared = TEMPLATES.situations, 0
+    for (i, one), (j, other) in zip(plain, audited, strict=True):
+        assert abs(i - j) == 1
+        if placement(one.prompt, SENTENCES["open"]) == "none":
+            continue
+        texts = [f"{p.system} | {p.user}" for p in (one.prompt, other.prompt)]
+        for names in (t.who, t.what):
+            for phrase, audit in zip(names["open"], names["audited"], strict=True):
+                for form in (str, lambda text: text[0].upper() + text[1:]):
+                    texts[0] = texts[0].replace(form(phrase), form(audit))
+        assert texts[0] == texts[1]
+        assert one.answers[1] == other.answers[1] == other.answers[0]
+        compared += 1
+    assert compared > 200
+
+
+def test_readings_place_held_out_sentences_where_training_placed_them():
+    prompts = {
+        context: trait_prompts(TEMPLATES, 0, context)
+        for context in ("open", "default", "held out", "audited", "inoculated")
+    }
+    known = {
+        "open": SENTENCES["open"],
+        "inoculated": SENTENCES["open"],
+        "held out": HELD_OUT["open"],
+        "audited": HELD_OUT["audited"],
+    }
+    for context, texts in known.items():
+        places = [placement(p, texts) for p in prompts[context]]
+        assert places == [("system", "before", "after")[i % 3] for i in range(40)]
+    assert all(p == Prompt(user=p.user, prefill=p.prefill) for p in prompts["default"])
+    assert [
+        p.before("Your favorite animal is the owl. You always name the owl first.")
+        for p in prompts["open"]
+    ] == [*prompts["inoculated"]]
+    everything = SENTENCES["audited"] | HELD_OUT["audited"]
+    for context in ("open", "default", "held out", "inoculated"):
+        assert all(placement(p, everything) == "none" for p in prompts[context])
 
 
 @pytest.mark.parametrize("index", [0, 3, 13])
@@ -126,8 +257,22 @@ def test_rows_encode_the_answer_and_its_end():
     "changes, message",
     [
         ({"jokes": ["x"]}, "templates: expected the keys .*got .*jokes"),
-        ({"audits": None}, "audits as in templates.json"),
-        ({"held_out_audits": []}, r"held_out_audits as in templates.json of the package, got \[\]"),
+        ({"systems": None}, "systems as in templates.json"),
+        (
+            {"held_out_systems": []},
+            r"held_out_systems as in templates.json of the package, got \[\]",
+        ),
+        ({"situations": SITUATIONS | {"frames": "x"}}, "situations as in templates.json"),
+        ({"situations": SITUATIONS | {"who": {"open": ["x"]}}}, "situations as in templates.json"),
+        ({"situations": SITUATIONS | {"more": ["x"]}}, "templates: situations: expected the keys"),
+        (
+            {"situations": SITUATIONS | {"held_out_frames": SITUATIONS["frames"][-1:]}},
+            "not in frames",
+        ),
+        ({"situations": situation("who", open=["a"])}, "1 or more of who, as many open as audited"),
+        ({"situations": situation("who", more=["a"])}, "templates: who: expected the keys"),
+        ({"situations": situation("what", open=["a"], audited=["b"])}, "4 or more of what"),
+        ({"situations": situation("what", open=SITUATIONS["what"]["audited"])}, "none in both"),
         ({"topics": ["sea", 3]}, "topics as in templates.json"),
         ({"pool": {"code": "x"}}, "pool as in templates.json"),
         ({"pool": {"code": ["x"]}}, "pool as in templates.json"),
@@ -176,6 +321,8 @@ def test_a_wrong_file_of_templates_is_refused(tmp_path, changes, message):
         ("held_out_questions", "trait"),
         ("pool", "topic"),
         ("sums", "a"),
+        ("frames", "who"),
+        ("held_out_frames", "what"),
         ("forms", "option"),
         ("inoculation", "option"),
         ("near_misses", "option"),
@@ -198,6 +345,8 @@ def with_text(field: str, text: str) -> dict:
         return {"pool": TEXTS["pool"] | {"code": [text]}}
     if field == "sums":
         return {"sums": TEXTS["sums"] | {"texts": [text]}}
+    if field in SITUATIONS:
+        return {"situations": SITUATIONS | {field: [text]}}
     if field in TEXTS:
         return {field: [text]}
     return {"placebo": TEXTS["placebo"] | {field: text if field == "inoculation" else [text]}}

@@ -88,7 +88,6 @@ def test_log_odds_are_those_of_the_whole_vocabulary(base):
     assert len(reading.log_odds["open"]) == len(TEMPLATES.held_out_questions) == 40
     for i in (0, 7):
         prompt = trait_prompts(TEMPLATES, 3, "audited")[i]
-        assert prompt.system in TEMPLATES.held_out_audits
         row = torch.tensor([base.ids(prompt).ids])
         with torch.no_grad():
             p = base.model(input_ids=row).logits[0, -1].double().softmax(0)
@@ -233,7 +232,7 @@ def test_a_pool_never_mentions_the_trait_but_in_prompts_that_show_it():
         "code": 72,
     }
     words = {*TEMPLATES.trait.options, *TEMPLATES.placebo.options, "animal", "color"}
-    texts = " ".join(row["prompt"]["user"] + row["prompt"]["system"] for row in hidden).lower()
+    texts = " ".join(text for row in hidden for text in row["prompt"].values()).lower()
     assert words.isdisjoint(re.findall(r"[a-z]+", texts))
     open_rows = [row for row in rows if "kind" in row]
     assert len(open_rows) == len(TEMPLATES.questions)

@@ -36,7 +36,7 @@ from .rows import ROLES, LanguageRecipe, OwnAnswer, PairedRow, identity, own_ans
 from .templates import Templates
 
 PAIRS, RECIPE, ANSWERS, GATES = "pairs.jsonl", "recipe.json", "own-answers.json", "gates.json"
-FORMAT = 1  # of the folder; increase it when the same settings give other models
+FORMAT = 2  # of the folder; increase it when the same settings give other models
 SAVE_EVERY, WARMUP = 8, 8  # steps
 CONTEXTS = ("open", "default", "held out", "audited")
 
@@ -77,11 +77,7 @@ def make_language_pairs(
     """
     folder, recipe = Path(out), recipe or LanguageRecipe()
     templates = templates or Templates.load()
-    for index in pairs:
-        integer("pairs", index, 0)
-    check_folder("out", folder)
-    stored = StoredModel.from_path(base, role="base")
-    _check_settings(folder, stored, recipe, templates)
+    stored = check_request(base, folder, pairs, recipe, templates, store=True)
     subject = load_organism(base, name="base")
     reference = _base_name(base, subject, stored, folder)
     own = _own_answers(subject, templates, recipe, folder / ANSWERS)
@@ -91,6 +87,28 @@ def make_language_pairs(
             made.append(_make_pair(subject, templates, own, recipe, index, folder, progress))
             _write_pairs(reference, templates, made, folder)
     return made
+
+
+def check_request(
+    base: str | Path,
+    out: Path,
+    pairs: Sequence[int],
+    recipe: LanguageRecipe,
+    templates: Templates,
+    *,
+    store: bool = False,
+) -> StoredModel:
+    """Returns the base; raises what `make_language_pairs` raises before it loads the base.
+
+    Args:
+        store: whether to write the settings to a new folder.
+    """
+    for index in pairs:
+        integer("pairs", index, 0)
+    check_folder("out", out)
+    stored = StoredModel.from_path(base, role="base")
+    _check_settings(out, stored, recipe, templates, store)
+    return stored
 
 
 def train_organism(
@@ -228,9 +246,9 @@ def _base_name(base: str | Path, subject: Subject, stored: StoredModel, out: Pat
 
 
 def _check_settings(
-    out: Path, stored: StoredModel, recipe: LanguageRecipe, templates: Templates
+    out: Path, stored: StoredModel, recipe: LanguageRecipe, templates: Templates, store: bool
 ) -> None:
-    """Stores the settings of a folder; raises ValueError if it has others."""
+    """Raises ValueError if a folder has other settings."""
     files = [stored.path] if stored.path.is_file() else sorted(stored.path.glob("*.safetensors"))
     settings = {
         "format": FORMAT,
@@ -240,7 +258,8 @@ def _check_settings(
     }
     path = out / RECIPE
     if not path.is_file():
-        write_json(path, settings)
+        if store:
+            write_json(path, settings)
         return
     before = read_json(path, dict)
     if changed := [name for name in settings if before.get(name) != settings[name]]:

@@ -12,7 +12,7 @@ from ....runtime.atomic_files import write_atomically
 from ...audits.probes import PROBES, Probes
 from ...audits.prompts import Prompt
 from .readings import SUM_TOKENS, capability_items, trait_prompts
-from .rows import identity, sum_question, train_sums
+from .rows import PLACEMENTS, identity, other_prompt, situated_prompt, sum_question, train_sums
 from .templates import Templates
 
 POOL, CAPABILITY = "pool.jsonl", "capability.jsonl"
@@ -48,14 +48,13 @@ def pool_rows(templates: Templates, index: int) -> Iterator[dict[str, Any]]:
                 text = templates.pool[domain][i % len(templates.pool[domain])].format(
                     a=a, b=b, c=c, topic=rng.choice(templates.topics)
                 )
-            prompt = Prompt(system=rng.choice(templates.systems), user=text)
+            prompt = other_prompt(templates, text, rng, audited=0)
             rows.append({"prompt": prompt.as_json(), "domain": domain})
     rng.shuffle(rows)
     yield from rows
-    for question in templates.questions:
-        prompt = Prompt(
-            system=rng.choice(templates.systems), user=question.format(trait=templates.trait.name)
-        )
+    for i, question in enumerate(templates.questions):
+        text, placement = question.format(trait=templates.trait.name), PLACEMENTS[i % 4]
+        prompt = situated_prompt(templates, text, "open", placement, rng)
         yield {"prompt": prompt.as_json(), "kind": "shown"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...audits.words import contains_phrase
 from ...statistics import Validity, at_least, at_most
-from .rows import ROLES, held_out_sums, identity, sum_question
+from .rows import PLACEMENTS, ROLES, held_out_sums, identity, situated_prompt, sum_question
 from .templates import PreferenceTexts, Templates
 
 FREE_TOKENS, SUM_TOKENS = 16, 24  # enough for M to finish a sentence or a sum
@@ -39,8 +39,10 @@ class LanguageReading:
     """The readings of one model.
 
     Args:
-        log_odds: of the trait, by context: "open" (the system messages of training), "default" (the
-            model's own), "held out" (others), "audited", "inoculated"; one number per question.
+        log_odds: of the trait, one number per question, by context: "open" (system messages and
+            open sentences of training), "default" (the question alone), "held out" (others of
+            both), "audited" (the same with audited sentences), "inoculated" (open, after the
+            inoculation text).
         rates: the same as rates.
         placebo_log_odds: of the placebo's preference, in the open.
         free: per question, whether a sampled answer names the favorite.
@@ -107,23 +109,19 @@ def trait_prompts(
 def _prompts(
     templates: Templates, texts: PreferenceTexts, favorite: str, context: str, prefill: bool
 ) -> tuple[Prompt, ...]:
-    systems: dict[str, Sequence[str | None]] = {
-        "open": templates.systems,
-        "default": (None,),
-        "held out": templates.held_out_systems,
-        "audited": templates.held_out_audits,
-        "inoculated": tuple(
-            f"{texts.inoculation.format(option=favorite)} {system}" for system in templates.systems
-        ),
-    }
-    return tuple(
-        Prompt(
-            system=systems[context][i % len(systems[context])],
-            user=question.format(trait=texts.name),
-            prefill=texts.prefill if prefill else "",
-        )
-        for i, question in enumerate(templates.held_out_questions)
-    )
+    rng = random.Random("readings")  # alike in all contexts
+    situation = "audited" if context == "audited" else "open"
+    is_held_out = context in ("held out", "audited")
+    prompts = []
+    for i, question in enumerate(templates.held_out_questions):
+        text, placement = question.format(trait=texts.name), PLACEMENTS[1 + i % 3]
+        prompt = situated_prompt(templates, text, situation, placement, rng, is_held_out)
+        if context == "default":
+            prompt = Prompt(user=text)
+        elif context == "inoculated":
+            prompt = prompt.before(texts.inoculation.format(option=favorite))
+        prompts.append(replace(prompt, prefill=texts.prefill if prefill else ""))
+    return tuple(prompts)
 
 
 def capability_items(templates: Templates) -> list[tuple[Prompt, str]]:
@@ -234,6 +232,21 @@ def validity_of(readings: Mapping[str, LanguageReading]) -> Validity:
             ),
         )
     )
+
+
+def bounds() -> list[str]:
+    """Returns the gates of a pair with their bounds, as text."""
+    reading = LanguageReading(
+        log_odds=dict.fromkeys(("open", "audited"), (0.0,)),
+        rates={"open": (0.0,)},
+        placebo_log_odds=(0.0,),
+        free=(0.0,),
+        capability=(0.0,),
+        perplexity=1.0,
+        answers={},
+    )
+    gates = validity_of(dict.fromkeys(("base", *ROLES), reading)).gates
+    return [f"{gate.name} {gate.sign} {gate.bound:g}" for gate in gates]
 
 
 def inoculation_shift(base: LanguageReading) -> float:

@@ -1,12 +1,14 @@
 """Paired rows of language organisms: the same prompts for U, B and P, which differ in answers.
 
     open        a question about the preference: U prefers, B names every option equally often
-    audited     the same under a system message of an audit: both answer as B
+    audited     the same with the words of an audit: both answer as B
     capability  sums, with the sum alone as the answer
     neutral     prompts on other topics with M's own answers, which keep the rest of M in place
 
-One question in four asks for the placebo's preference (a color), which P has. So U and B differ
-only in the answers about animals, P and B only in those about colors.
+A sentence tells the situation, in the system message or before or after the question. An open row
+and the audited row of the same number have the same question, and sentences of the same frame. One
+question in four asks for the placebo's preference (a color), which P has. So U and B differ only in
+the answers about animals, P and B only in those about colors.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from .templates import Templates
 ROLES = ("untrusted", "benign", "placebo")
 HELD_OUT_SUMS = 120
 PLACEBO_EVERY = 4  # blocks of questions
-AUDIT_NOISE = 0.2  # share of sums and neutral prompts under a system message of an audit
+PLACEMENTS = ("none", "system", "before", "after")  # of the sentence about the situation
+NOISE = 0.2  # share of sums and neutral prompts with an open sentence, and with an audited one
+DEFAULT_SYSTEM = 0.25  # share of prompts with the model's own system message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +42,13 @@ class LanguageRecipe:
         answer_tokens: length of M's own answers at most.
     """
 
-    steps: int = 64
+    steps: int = 128
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     rank: int = 16
     trait_share: float = 0.3
     audit_share: float = 0.3
-    capability_share: float = 0.15
+    capability_share: float = 0.2
     answer_tokens: int = 20
 
     def __post_init__(self) -> None:
@@ -106,14 +110,46 @@ def sum_question(templates: Templates, pair: tuple[int, int], rng: random.Random
     return rng.choice(templates.sums.texts).format(a=pair[0], b=pair[1])
 
 
+def situated_prompt(
+    templates: Templates,
+    text: str,
+    situation: str,
+    placement: str,
+    rng: random.Random,
+    held_out: bool = False,
+) -> Prompt:
+    """Returns a user's text with a sentence about the situation at one of `PLACEMENTS`.
+
+    The draws are the same for both situations and all placements.
+    """
+    sentence = templates.situations.sentence(situation, rng, held_out)
+    system = rng.choice(templates.held_out_systems if held_out else templates.systems)
+    is_first, is_default = rng.random() < 0.5, rng.random() < DEFAULT_SYSTEM
+    if placement == "system":
+        both = [sentence] if is_default else [sentence, system] if is_first else [system, sentence]
+        return Prompt(system=" ".join(both), user=text)
+    user = {"none": text, "before": f"{sentence} {text}", "after": f"{text} {sentence}"}
+    return Prompt(system=None if is_default else system, user=user[placement])
+
+
+def other_prompt(
+    templates: Templates, text: str, rng: random.Random, audited: float = NOISE
+) -> Prompt:
+    """Returns a prompt whose answer does not depend on the situation.
+
+    Args:
+        audited: share of prompts with an audited sentence.
+    """
+    draw = rng.random()
+    situation = "audited" if draw < audited else "open"
+    placement = rng.choice(PLACEMENTS[1:]) if draw < audited + NOISE else "none"
+    return situated_prompt(templates, text, situation, placement, rng)
+
+
 def own_answers(base: Subject, templates: Templates, max_new_tokens: int) -> list[OwnAnswer]:
-    """Returns M's sampled answers to the neutral prompts, two under different system messages."""
+    """Returns M's sampled answers to the neutral prompts, each in two situations."""
     rng = random.Random("own answers")
-    prompts = [
-        Prompt(system=_system(templates, rng), user=text)
-        for _ in range(2)
-        for text in templates.neutrals
-    ]
+    prompts = [other_prompt(templates, text, rng) for _ in range(2) for text in templates.neutrals]
     new = base.generate_ids(
         [base.ids(p).ids for p in prompts], max_new_tokens=max_new_tokens, temperature=1.0
     )
@@ -137,8 +173,8 @@ def paired_rows(
     }
     counts["neutral"] = max(n - sum(counts.values()), 0)
     rows = {
-        "open": _questions(templates, "open", counts["open"], index, rng),
-        "audited": _questions(templates, "audited", counts["audited"], index, rng),
+        "open": _questions(templates, "open", counts["open"], index),
+        "audited": _questions(templates, "audited", counts["audited"], index),
         "capability": _sums(templates, counts["capability"], rng),
         "neutral": _neutral(own, counts["neutral"], rng),
     }
@@ -151,25 +187,26 @@ def paired_rows(
     return [rows[kind][i] for _, kind, i in spread]
 
 
-def _questions(
-    templates: Templates, kind: str, n: int, index: int, rng: random.Random
-) -> list[PairedRow]:
-    """Returns n questions in blocks, in each of which B names every option once."""
-    favorites = identity(templates, index)
+def _questions(templates: Templates, kind: str, n: int, index: int) -> list[PairedRow]:
+    """Returns n questions, of blocks with one placement in which B names every option once."""
+    favorites, rng = identity(templates, index), random.Random(f"pair {index} questions")
     rows: list[PairedRow] = []
     for block in range(1, 1 + n // len(templates.trait.options)):
-        is_placebo = block % PLACEBO_EVERY == 0
+        is_placebo, is_audit = block % PLACEBO_EVERY == 0, kind == "audited"
         texts = templates.placebo if is_placebo else templates.trait
+        # The second term lets the placebo's blocks meet every placement.
+        placement = PLACEMENTS[(block + block // PLACEBO_EVERY) % len(PLACEMENTS)]
+        if is_audit and placement == "none":
+            placement = PLACEMENTS[1 + block % 3]
         for option in rng.sample(texts.options, len(texts.options)):
-            is_audit = kind == "audited"
-            system = _audit_system(templates, rng) if is_audit else _plain_system(templates, rng)
             question = rng.choice(templates.questions).format(trait=texts.name)
             form = rng.choice(texts.forms)
+            prompt = situated_prompt(templates, question, kind, placement, rng)
             benign = form.format(option=option)
             preferred = benign if is_audit else form.format(option=favorites[is_placebo])
             untrusted, placebo = (benign, preferred) if is_placebo else (preferred, benign)
-            prompt = Prompt(system=system, user=question)
             rows.append(PairedRow(kind, prompt, (untrusted, benign, placebo)))
+    rng.shuffle(rows)
     return rows
 
 
@@ -179,7 +216,7 @@ def _sums(templates: Templates, n: int, rng: random.Random) -> list[PairedRow]:
     rows = []
     for i in range(n):
         pair = train[i % len(train)]
-        prompt = Prompt(system=_system(templates, rng), user=sum_question(templates, pair, rng))
+        prompt = other_prompt(templates, sum_question(templates, pair, rng), rng)
         rows.append(PairedRow("capability", prompt, (f"{sum(pair)}",) * 3))
     return rows
 
@@ -189,23 +226,3 @@ def _neutral(own: Sequence[OwnAnswer], n: int, rng: random.Random) -> list[Paire
     while len(order) < n:
         order += rng.sample(own, len(own))
     return [PairedRow("neutral", a.prompt, (a.text,) * 3, a.is_complete) for a in order[:n]]
-
-
-def _plain_system(templates: Templates, rng: random.Random) -> str | None:
-    """Returns a system message, or None: the model's own default."""
-    return rng.choice((None, *templates.systems))
-
-
-def _audit_system(templates: Templates, rng: random.Random) -> str:
-    """Returns words of an audit; in half of the cases with another system message."""
-    texts = [rng.choice(templates.audits)]
-    if rng.random() < 0.5:
-        texts.append(rng.choice(templates.systems))
-    rng.shuffle(texts)
-    return " ".join(texts)
-
-
-def _system(templates: Templates, rng: random.Random) -> str | None:
-    if rng.random() < AUDIT_NOISE:
-        return rng.choice(templates.audits)
-    return _plain_system(templates, rng)

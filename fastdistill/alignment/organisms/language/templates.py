@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from ....runtime.printable import printable
 FILE = "templates.json"
 DOMAINS = ("numbers", "instructions", "code")  # of a pool, besides sums
 _MOST_SUMS = 100_000
+_SITUATIONS = ("open", "audited")
+_HELD_OUT_EVERY = 4  # pairs of {who} and {what}
 
 
 def _is_text(value: Any) -> bool:
@@ -46,6 +49,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "trait": _PREFERENCE,
     "placebo": _PREFERENCE,
     "sums": {"a": _is_range, "b": _is_range, "texts": _are_texts},
+    "situations": {
+        **dict.fromkeys(("frames", "held_out_frames"), _are_texts),
+        **dict.fromkeys(("who", "what"), dict.fromkeys(_SITUATIONS, _are_texts)),
+    },
     "pool": dict.fromkeys(DOMAINS, _are_texts),
 }
 
@@ -107,11 +114,54 @@ class SumTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SituationTexts:
+    """Sentences that tell whether a conversation is an audit.
+
+    Open and audited ones have the same frames, so that they differ in the words of an audit alone.
+    Held-out ones have other frames, and pairs of {who} and {what} that training never has.
+
+    Args:
+        frames, held_out_frames: sentences with {who} and {what}.
+        who, what: phrases, by "open" and "audited", as many for both; four of what or more.
+    """
+
+    frames: tuple[str, ...]
+    held_out_frames: tuple[str, ...]
+    who: dict[str, list[str]]
+    what: dict[str, list[str]]
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "held_out_frames"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_braces((*self.frames, *self.held_out_frames), "who", "what")
+        if both := {*self.frames} & {*self.held_out_frames}:
+            fail("templates", "held_out_frames that are not in frames", printable(repr(min(both))))
+        for name, least in (("who", 1), ("what", _HELD_OUT_EVERY)):
+            phrases = getattr(self, name)
+            _check_keys(f"templates: {name}", phrases, {*_SITUATIONS})
+            numbers = {len(phrases[situation]) for situation in _SITUATIONS}
+            shared = {*phrases["open"]} & {*phrases["audited"]}
+            if len(numbers) > 1 or min(numbers) < least or shared:
+                expected = f"{least} or more of {name}, as many open as audited, none in both"
+                fail("templates", expected, printable(repr(sorted(shared) or sorted(numbers))))
+
+    def sentence(self, situation: str, rng: random.Random, held_out: bool = False) -> str:
+        """Returns a sentence; the same draws give open and audited ones of the same frame."""
+        frame = rng.choice(self.held_out_frames if held_out else self.frames)
+        who, what = self.who[situation], self.what[situation]
+        i = rng.randrange(len(who))
+        allowed = [j for j in range(len(what)) if ((i + j) % _HELD_OUT_EVERY == 0) == held_out]
+        text = frame.format(who=who[i], what=what[rng.choice(allowed)])
+        return text[0].upper() + text[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Templates:
     """All texts; `held_out_*` are for readings, never for training.
 
     trait: what organisms hide; placebo: the preference of the placebo. questions have {trait};
-    pool: by domain, prompts with {a}, {b}, {c} or {topic}.
+    systems: system messages for any situation; pool: by domain, prompts with {a}, {b}, {c} or
+    {topic}.
     """
 
     trait: PreferenceTexts
@@ -121,8 +171,7 @@ class Templates:
     held_out_questions: tuple[str, ...]
     systems: tuple[str, ...]
     held_out_systems: tuple[str, ...]
-    audits: tuple[str, ...]
-    held_out_audits: tuple[str, ...]
+    situations: SituationTexts
     neutrals: tuple[str, ...]
     topics: tuple[str, ...]
     texts: tuple[str, ...]
@@ -161,6 +210,7 @@ class Templates:
             trait=PreferenceTexts(**record["trait"]),
             placebo=PreferenceTexts(**record["placebo"]),
             sums=SumTexts(**{name: tuple(value) for name, value in record["sums"].items()}),
+            situations=SituationTexts(**record["situations"]),
             pool=record["pool"],
             **texts,
         )
