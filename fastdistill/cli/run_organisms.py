@@ -65,9 +65,9 @@ def dry_run(options: Organisms, extra: dict[str, Any]) -> dict[str, Any]:
         seconds = _seconds_per_step(stored, rows, recipe) if left else 0.0
     return {
         "pairs": [
-            {"pair": index, **dict(zip(("favorite", "color"), names, strict=True))}
+            {"pair": index, "favorite": animal, "color": color}
             for index in pairs
-            for names in [identity(templates, index)]
+            for animal, color in [identity(templates, index)]
         ],
         "rows": dict(Counter(row.kind for row in rows)),
         "steps": recipe.steps,
