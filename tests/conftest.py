@@ -7,6 +7,7 @@ PyTorch the first time and the Triton kernels the second, on this machine's GPU 
 none, in Triton's interpreter.
 """
 
+import contextlib
 import gc
 import ipaddress
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from helpers.interpreter import patch_language_once_a_launch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -105,6 +108,13 @@ def spread(total, count):
     if count == 1:
         return {0}
     return {round(i * (total - 1) / (count - 1)) for i in range(min(count, total))}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with contextlib.suppress(ImportError):  # no Triton is here
+            patch_language_once_a_launch()
 
 
 @pytest.fixture(autouse=True)

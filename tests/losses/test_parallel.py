@@ -23,6 +23,7 @@ from fastdistill.kernels import head as heads
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
+from helpers.interpreter import patch_language_once_a_launch
 from helpers.present import present
 from helpers.tolerances import GRADIENT, VALUE, relative
 
@@ -310,6 +311,8 @@ CHECKS = [
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    if "triton" in IMPLS:
+        patch_language_once_a_launch()
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory: Any = torch.utils.deterministic  # its attributes are set at run time
     memory.fill_uninitialized_memory = True
