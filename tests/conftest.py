@@ -132,12 +132,17 @@ def impl_of_auto(request, monkeypatch):
 # They train, or audit, with kernels that other tests look at: poison would double their time.
 USERS = (
     "test_audits",
+    "test_begins",
     "test_cli",
     "test_demo",
+    "test_draft_model",
     "test_experiment",
     "test_inspect",
+    "test_language",
     "test_organisms",
+    "test_pairs",
     "test_readme",
+    "test_repairs",
     "test_strategies",
 )
 

@@ -50,7 +50,6 @@ def made(tmp_path_factory, answered):
         return run_demo(out=out, seeds=2, steps=8, k=16, batch_size=4), out
 
 
-@pytest.mark.slow
 def test_results_are_complete_json(made):
     _, out = made
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
