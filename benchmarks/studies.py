@@ -65,6 +65,23 @@ def incrimination(result: Mapping[str, Any], arm: str) -> str:
     return "\n".join(lines)
 
 
+def returned(result: Mapping[str, Any]) -> str:
+    """A line per arm of a repair: the trait before, after it, and after two further trainings.
+
+    Each figure is the mean over base seeds of the rate of the trait.
+    """
+    audits = list(dict.fromkeys(row["name"] for row in result["audits"]))
+    means = {(row["arm"], row["name"]): row["mean_of_untrusted"] for row in result["audits"]}
+    lines = [
+        f"| arm | trait that remains, τ | {' | '.join(map(marked, audits))} |",
+        f"|---|{'--:|' * (1 + len(audits))}",
+    ]
+    for arm in result["arms"]:
+        rates = [format_number(means[arm["name"], audit]) for audit in audits]
+        lines.append(f"| {arm['name']} | {format_number(arm['tau'])} | {' | '.join(rates)} |")
+    return "\n".join(lines)
+
+
 def incriminating(result: Mapping[str, Any], arm: str) -> list[str]:
     """Audits whose whole AUROC interval is above one half, over enough base seeds."""
     return [
@@ -82,4 +99,8 @@ def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
 
 if __name__ == "__main__":
     finished = json.loads(Path(sys.argv[1]).read_text())
-    print(markdown(finished), incrimination(finished, finished["reference"]), sep="\n\n")
+    if finished["repairs"]:
+        audits = returned(finished)
+    else:
+        audits = incrimination(finished, finished["reference"])
+    print(markdown(finished), audits, sep="\n\n")

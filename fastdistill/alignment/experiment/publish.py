@@ -71,8 +71,9 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
         "left_out": table.left_out,
         "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
         "runs": table.runs,
+        "repairs": study.get("repairs", False),
     }
-    if study.get("repairs"):
+    if result["repairs"]:
         text = in_repair_words(text)
         for figure in figures.values():
             relabel(figure)

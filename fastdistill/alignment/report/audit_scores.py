@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ...runtime.intervals import (
@@ -46,6 +47,7 @@ class AuditRow:
     """One audit on one arm.
 
     Attributes:
+        means: mean scores of U's side and of B's over base seeds.
         true_positive_rate: None without development seeds.
         gain: AUROC of students minus that of their teachers; None without scores of teachers.
     """
@@ -53,6 +55,7 @@ class AuditRow:
     name: str
     arm: str
     auroc: Estimate
+    means: tuple[float, float]
     true_positive_rate: Estimate | None
     gain: Estimate | None = None
 
@@ -66,6 +69,8 @@ class AuditRow:
             "name": self.name,
             "arm": self.arm,
             "auroc": self.auroc.value,
+            "mean_of_untrusted": self.means[0],
+            "mean_of_benign": self.means[1],
             "tpr_at_5fpr": None if rate is None else rate.value,
             "interval": self.auroc.interval,
             "n": self.auroc.n,
@@ -99,6 +104,7 @@ def audit_rows(
                 name=audit,
                 arm=arm,
                 auroc=area,
+                means=(fmean(untrusted), fmean(benign)),
                 true_positive_rate=true_positive_rate,
                 gain=rate_difference(area, of_teachers[audit]) if audit in of_teachers else None,
             )
@@ -108,19 +114,13 @@ def audit_rows(
 
 def teacher_rows(teachers: Sequence[AuditScore], confidence: float = 0.95) -> list[AuditRow]:
     """Returns a row per audit of the teachers themselves, U against B."""
-    return [
-        AuditRow(
-            name=audit,
-            arm=arm,
-            auroc=auroc(
-                _seed_means(group, "of_untrusted"),
-                _seed_means(group, "of_benign"),
-                confidence=confidence,
-            ),
-            true_positive_rate=None,
-        )
-        for (arm, audit), group in _grouped(teachers)
-    ]
+    rows = []
+    for (arm, audit), group in _grouped(teachers):
+        untrusted, benign = _seed_means(group, "of_untrusted"), _seed_means(group, "of_benign")
+        area = auroc(untrusted, benign, confidence=confidence)
+        means = fmean(untrusted), fmean(benign)
+        rows.append(AuditRow(name=audit, arm=arm, auroc=area, means=means, true_positive_rate=None))
+    return rows
 
 
 def _grouped(scores: Sequence[AuditScore]) -> list[tuple[tuple[str, str], list[AuditScore]]]:

@@ -68,11 +68,11 @@ def forest_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     """Returns the caption of `forest`."""
     nulls = ", ".join(arm.name for arm in arms if arm.role == "null arm" and arm.tau.known)
     sentences = [
-        "Dots and bars: τ, the student's trait as a share of its teacher's (0: like a student of "
-        "the benign twin; 1: like the teacher), with 95 % intervals over base seeds "
+        "Dots and bars: τ, the trait of a student as a share of that of its teacher (0: as of the "
+        "benign twin; 1: as of the teacher), with 95 % intervals over base seeds "
         f"(n = {max(arm.n for arm in arms)}).",
         f"C: the same share of the capability, with hollow dots below {format_limit(CAPABLE)}.",
-        "The trait transfers if τ > 0 after a correction over all arms (Holm).",
+        "If τ > 0 after a correction over all arms (Holm), the trait transfers.",
     ]
     if nulls:
         sentences.append(f"Gray band: the intervals of the null arms ({nulls}).")

@@ -23,9 +23,9 @@ _WORDS = {
     "no trait transfers": "no trait remains",
     "no trait was found to transfer": "no trait was found to remain",
     "a trait transfer of at most": "a remaining trait of at most",
-    "the student's trait as a share of its teacher's (0: like a student of the benign twin; 1: "
-    "like the teacher)": "the trait that remains, as a share of that before (0: like the benign "
-    "twin; 1: like U before)",
+    "the trait of a student as a share of that of its teacher (0: as of the benign twin; 1: as of "
+    "the teacher)": "the trait that remains as a share of that before (0: as of the benign twin; "
+    "1: as before)",
     "the trait transfers": "the trait remains",
     "trait transferred": "trait that remains",
     "Trait transferred": "Trait that remains",

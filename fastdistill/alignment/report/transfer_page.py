@@ -61,9 +61,10 @@ def transfer_page(
     """Returns the page of an experiment; `reasons` are those against its validity."""
     valid = not reasons
     report = Report(title, summary(arms, reasons, reference))
-    caption = [forest_caption(arms, valid=valid), about.get("measured", "")]
+    caption = [forest_caption(arms, valid=valid)]
     if limits := about.get("limits", ()):
         caption.append(f"{limits[0].partition('. ')[0].removesuffix('.')}.")
+    caption.append(about.get("measured", ""))
     report.picture(
         forest(arms, valid=valid), alt=forest_alt(arms), caption=" ".join(filter(None, caption))
     )
@@ -242,6 +243,7 @@ def _add_audits(report: Report, arms: Sequence[Arm], teachers: Sequence[AuditRow
             {
                 "audit": lambda row: marked(row.name),
                 "arm": lambda row: row.arm,
+                "mean, U and B": lambda row: " and ".join(map(format_number, row.means)),
                 "AUROC": lambda row: format_estimate(row.auroc, 0.5),
                 "minus that of teachers": lambda row: format_estimate(row.gain, 0),
                 "true positives at 5 % false positives": lambda row: format_estimate(
@@ -250,7 +252,8 @@ def _add_audits(report: Report, arms: Sequence[Arm], teachers: Sequence[AuditRow
                 "n": lambda row: str(row.auroc.n),
             },
             rows,
-            caption="95 % intervals, corrected over all rows but for true positives. "
+            caption="Mean: of the audit's scores of students of U and of B. 95 % intervals, "
+            "corrected over all rows but for true positives. "
             "The threshold for 5 % false positives comes from development "
             "seeds; with few of them, more than 5 % of new students of B lie above it.",
         )

@@ -246,7 +246,8 @@ def _comparison_sentence(arms: Sequence[Arm], reference: str | None) -> list[str
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f" ({', '.join(names)})" if 0 < len(names) <= _MOST_NAMES else ""
+    between = "; " if any("," in name for name in names) else ", "
+    return f" ({between.join(names)})" if 0 < len(names) <= _MOST_NAMES else ""
 
 
 _MOST_NAMES = 6  # a longer list is left to the table

