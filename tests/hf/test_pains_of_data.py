@@ -1,6 +1,6 @@
 """Mistakes with data and tokenizers that cost this field the most runs: avoided, or named at once.
 
-With test_pains_of_training.py, fifteen of them.
+With test_pains_of_training.py and test_trainer_distributed.py, fifteen of them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -17,6 +16,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from fastdistill.training import checkpoints, output_lock
 from helpers.present import present
+from helpers.processes import forkserver
 from helpers.training import build, flat, llama, ragged, train, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
@@ -227,8 +227,7 @@ def _run(place):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path):
     """kill -9, start again, ten times; then the weights of a run that nobody touched."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["training", "fastdistill.training.trainer"])
+    processes = forkserver()
     moments = random.Random(7)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.finite import nonfinite_weights
 from helpers.nonfinite_scene import SAVING, spoils_loss
 from helpers.present import present
+from helpers.processes import run_ranks
 from helpers.training import build, config, llama, peaked, ragged, train, weights
 
 
@@ -327,25 +323,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_all_processes_stop_where_one_has_no_number(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
-    base = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_ranks(2, WORKER, tmp_path, folder=tmp_path)
     for rank in range(2):
         message = (tmp_path / f"rank-{rank}").read_text()
         assert "loss: expected a finite number, got NaN or infinity in the steps up to 4" in message

@@ -62,6 +62,7 @@ ON_POLICY = {"lmbda": 0.5, "max_new_tokens": 5, "max_steps": 4}
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, ON_POLICY, {"packing": True}], ids=str)
 def test_two_data_parallel_processes(tmp_path, alone, options):
+    """Ranks with different numbers of targets are averaged by target, not by rank."""
     reference = {name: v for name, v in options.items() if name != "packing"}
     compare(alone(**reference), launch(tmp_path / "two", 2, "ddp", 3, 2, **options))
 

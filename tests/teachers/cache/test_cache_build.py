@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import random
 import shutil
 import time
@@ -19,6 +18,7 @@ from fastdistill import CacheError, TeacherCache
 from fastdistill.teachers.cache import build as building
 from fastdistill.teachers.cache import shards
 from helpers.cache_builds import Passes, Stops, assert_same_bytes, build, bytes_of
+from helpers.processes import forkserver
 from helpers.training import peaked
 
 
@@ -56,10 +56,7 @@ def _run(folder):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(tmp_path, undisturbed):
     """kill -9, start again, twenty times, in folders new and half built; then the same bytes."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["training", "fastdistill.teachers.cache", "fastdistill.teachers.local"]
-    )
+    processes = forkserver()
     moments = random.Random(3)
     folder, kills, finished = tmp_path / "cache", 0, 0
 
@@ -182,10 +179,7 @@ def _rank(folder, rank, world):
 
 @pytest.mark.slow
 def test_several_processes_make_the_same_cache(tmp_path, undisturbed):
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["training", "fastdistill.teachers.cache", "fastdistill.teachers.local"]
-    )
+    processes = forkserver()
     all_of_them = [
         processes.Process(target=_rank, args=(tmp_path / "c", rank, 3)) for rank in range(3)
     ]
