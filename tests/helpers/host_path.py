@@ -2,14 +2,16 @@
 
     python tests/helpers/host_path.py                       all checks of kernels, JSON on stdout
     python tests/helpers/host_path.py filtered quantized    only these checks or groups
+    python tests/helpers/host_path.py --cached              kernels compiled before are not again
     python tests/helpers/host_path.py --time                µs of one launch of each loss kernel
 
 helpers/stub_cuda.c is in the place of the CUDA driver: kernels are compiled for sm_90, launched by
 Triton's own launcher, and do not run. It refuses what a driver refuses. Tensors are on the CPU,
 products of matrices do nothing, and no result is compared. The JSON has, for each group of checks,
 the compiled variants of each kernel, the launches, and the seconds of CPU time with compilers;
-benchmarks/gpu_steps.py derives its time limits from these. A time is the minimum of many rounds:
-Triton's Python and C for one launch, without the driver's own work. benchmarks/gpus.py has them.
+benchmarks/gpu_steps.py derives its time limits from these, without --cached. A time is the minimum
+of many rounds: Triton's Python and C for one launch, without the driver's own work.
+benchmarks/gpus.py has them.
 """
 
 from __future__ import annotations
@@ -216,10 +218,14 @@ def groups() -> dict[str, list[Any]]:
 
 
 @contextmanager
-def over_the_stub() -> Iterator[ctypes.CDLL]:
-    """Context in which kernels are compiled and launched over the stub, which it yields."""
+def over_the_stub(cached: bool = False) -> Iterator[ctypes.CDLL]:
+    """Context in which kernels are compiled and launched over the stub, which it yields.
+
+    With `cached`, variants that are in Triton's cache of compiled kernels are read from there.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        knobs.cache.dir = folder
+        if not cached:
+            knobs.cache.dir = folder
         stub = load_stub(Path(folder))
         use_stub_driver()
         as_on_a_gpu()
@@ -258,9 +264,9 @@ def launch_microseconds(rounds: int = 40, calls: int = 200) -> dict[str, float]:
         return best
 
 
-def main(names: set[str]) -> dict[str, Any]:
+def main(names: set[str], cached: bool = False) -> dict[str, Any]:
     """Run checks and groups by name, all of them by default, and return their counts."""
-    with over_the_stub() as stub:
+    with over_the_stub(cached) as stub:
         counts = {}
         for group, checks in groups().items():
             chosen = [c for c in checks if not names or {group, c.__name__} & names]
@@ -270,10 +276,10 @@ def main(names: set[str]) -> dict[str, Any]:
 
 
 def count(checks: list[Any], stub: ctypes.CDLL) -> dict[str, Any]:
-    variants: Counter[str] = Counter()
+    variants: dict[str, str] = {}  # hash -> kernel
 
-    def compiled(*, src: Any, cache_hit: bool, **others: Any) -> None:
-        variants[src.fn.__name__] += not cache_hit
+    def compiled(*, src: Any, metadata: dict[str, Any], **others: Any) -> None:
+        variants[metadata["hash"]] = src.fn.__name__
 
     knobs.compilation.listener = compiled
     launched, times = stub.stub_launched(), os.times()
@@ -281,10 +287,10 @@ def count(checks: list[Any], stub: ctypes.CDLL) -> dict[str, Any]:
         check()
     seconds = sum(os.times()[:4]) - sum(times[:4])
     return {
-        "variants": sum(variants.values()),
+        "variants": len(variants),
         "cpu_seconds": round(seconds, 1),
         "launches": stub.stub_launched() - launched,
-        "by_kernel": dict(sorted(variants.items())),
+        "by_kernel": dict(sorted(Counter(variants.values()).items())),
     }
 
 
@@ -297,4 +303,4 @@ if __name__ == "__main__":
         for kernel, microseconds in launch_microseconds().items():
             print(f"{kernel:34} {microseconds:6.1f} µs")
         sys.exit()
-    print(json.dumps(main(words), indent=1))
+    print(json.dumps(main(words - {"--cached"}, "--cached" in words), indent=1))
