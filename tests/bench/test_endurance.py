@@ -19,7 +19,7 @@ def test_growth_compares_the_end_with_the_time_after_warm_up():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_grows(name):
-    count = 2000 if name == "requests" else 200
+    count = 1000 if name == "requests" else 200
     grown = growth(measure(name, count))
     assert grown.files == grown.threads == 0
     assert grown.mib < 8

@@ -20,7 +20,14 @@ from fuzz.targets import TARGETS, Target, check_page
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LONG = ("gguf smollm2", "records", "run report")  # readers that take seconds to begin
-SHORT = {"model": 10, "config": 20, "tokenizer": 20, "adapter": 20, "run": 60}
+SHORT = {
+    "model": 10,
+    "config": 20,
+    "tokenizer": 20,
+    "adapter": 20,
+    "signed checkpoints": 30,
+    "run": 60,
+}
 NEEDS = {
     "gguf types": "gguf",
     "gguf smollm2": "gguf",
@@ -58,7 +65,7 @@ def test_readers_survive_a_short_run(name, oracle):
 def test_readers_survive_a_long_run(name, oracle):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    count = 10 * (1 if name in ("gguf smollm2", "run report") else SHORT.get(name, 100))
+    count = 10 if name in ("gguf smollm2", "run report") else 4 * SHORT.get(name, 100)
     assert failures(TARGETS[name], oracle, count, seed=1) == []
 
 
