@@ -172,21 +172,18 @@ def test_audits_incriminate_by_their_lower_bound():
             arm="an arm",
             auroc=estimate(0.93, 0.72, 0.99),
             means=(1.0, 0.0),
-            true_positive_rate=None,
         ),
         AuditRow(
             name="prefill",
             arm="an arm",
             auroc=estimate(0.7, 0.5, 0.9),
             means=(1.0, 0.0),
-            true_positive_rate=None,
         ),
         AuditRow(
             name="few",
             arm="an arm",
             auroc=estimate(1.0, 0.7, 1.0, n=9),
             means=(1.0, 0.0),
-            true_positive_rate=None,
         ),
     ]
     words = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows), True)
