@@ -31,7 +31,7 @@ class Execution:
 
     Args:
         processes: parallel runs on this machine; None: one per core.
-        only_report: run nothing, and raise if a result is missing.
+        only_report: run nothing; `run_all` raises if a result is missing.
 
     Raises:
         ValueError: fewer than one process.

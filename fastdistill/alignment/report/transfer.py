@@ -53,8 +53,8 @@ class TransferReport:
         claimed: arms that may be certified, named before the experiment; empty: all. Their upper
             bounds of τ are corrected for their number.
         teachers: scores of U and B themselves, per base seed.
-        planned: number of base seeds of the experiment; with fewer students it is unfinished, and
-            there are no verdicts. None: those of the students.
+        planned: number of base seeds of the experiment. If students have fewer, the experiment is
+            unfinished and has no verdicts. None: those of the students.
 
     Raises:
         ValueError: no students, two with the same arm and seeds, a control or a score of an unknown
@@ -130,13 +130,10 @@ class TransferReport:
     @cached_property
     def invalid_because(self) -> list[str]:
         """The reasons why the experiment is invalid; empty where it is valid."""
-        finished = len({student.base_seed for student in self._students})
-        unfinished = (
-            [f"unfinished: {finished} of {self._planned} base seeds have all runs"]
-            if finished < self._planned
-            else []
-        )
-        return unfinished + invalid_because(self.arms, self._validity)
+        reasons = invalid_because(self.arms, self._validity)
+        if (finished := len({s.base_seed for s in self._students})) < self._planned:
+            reasons.insert(0, f"unfinished: {finished} of {self._planned} base seeds have all runs")
+        return reasons
 
     @property
     def valid(self) -> bool:

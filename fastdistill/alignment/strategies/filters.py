@@ -67,13 +67,15 @@ def likelihood_ratios(examples: Sequence[TrainingExample], run: RunState) -> lis
 class DivergenceMask(Strategy):
     """Trains only on the tokens of an answer where teacher and trusted model have equal argmaxes.
 
+        token t is a target  ⇔  argmax p_teacher(· | before t) = argmax p_trusted(· | before t)
+
     The other tokens are called divergence tokens in arXiv 2509.23886, which compares teachers with
-    different biases and masks them; this mask compares the teacher with the trusted model. Targets
-    that an earlier strategy masked stay masked. Examples without targets are dropped.
+    different biases and masks them; the comparison with a trusted model is ours. Targets that an
+    earlier strategy masked stay masked. Examples without targets are dropped.
     """
 
     def transform_examples(self, examples: Examples, run: RunState) -> Examples:
-        (teacher, trusted) = (
+        teacher, trusted = (
             answer_argmaxes(examples, model) for model in (run.setup.teacher, run.setup.reference)
         )
         masked, n_targets, n_tokens = [], 0, 0

@@ -248,7 +248,7 @@ def _base_name(base: str | Path, subject: Subject, stored: StoredModel, out: Pat
 def _check_settings(
     out: Path, stored: StoredModel, recipe: LanguageRecipe, templates: Templates, store: bool
 ) -> None:
-    """Raises ValueError if a folder has other settings."""
+    """Raises ValueError if a folder has other settings; `store` writes those of a new folder."""
     files = [stored.path] if stored.path.is_file() else sorted(stored.path.glob("*.safetensors"))
     settings = {
         "format": FORMAT,
