@@ -17,20 +17,23 @@ from ..alignment.organisms.language.build import (
     PAIRS,
     LanguagePair,
     check_request,
+    load_base,
     make_language_pairs,
     train_organism,
 )
 from ..alignment.organisms.language.readings import bounds
 from ..alignment.organisms.language.rows import (
     ROLES,
+    TEXT_LENGTH,
     LanguageRecipe,
     OwnAnswer,
     PairedRow,
     identity,
     paired_rows,
 )
+from ..alignment.organisms.language.targets import Targets
 from ..alignment.organisms.language.templates import Templates
-from ..alignment.organisms.storage import MANIFEST, load_organism
+from ..alignment.organisms.storage import MANIFEST
 from ..hf.checkpoint import StoredModel
 from ..runtime.checks import integer
 from ..runtime.optional import check_installed
@@ -53,6 +56,9 @@ def dry_run(options: Organisms, extra: dict[str, Any]) -> dict[str, Any]:
     own = [
         OwnAnswer(Prompt(user=text), "word " * recipe.answer_tokens, True)
         for text in templates.neutrals
+    ] + [
+        OwnAnswer(Prompt(text=text), " word" * recipe.answer_tokens * TEXT_LENGTH, False)
+        for text in templates.beginnings
     ]
     rows = paired_rows(templates, own, recipe, options.first)
     left = [
@@ -86,7 +92,8 @@ def _seconds_per_step(
     watch = _Watch()
     few = replace(recipe, steps=min(_MEASURED, recipe.steps))
     rows = rows[: few.steps * few.batch_size]
-    train_organism(load_organism(stored.path), rows, "benign", few, callbacks=[watch])
+    targets = Targets(load_base(stored.path, few))
+    train_organism(targets, rows, "benign", few, callbacks=[watch])
     return watch.seconds
 
 

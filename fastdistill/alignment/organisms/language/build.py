@@ -30,13 +30,14 @@ from ...audits.subject import Subject
 from ...statistics import Validity
 from ...training_loop import InOrder, lora, train
 from ..storage import MANIFEST, load_organism, save_organism
-from .probes import CAPABILITY, POOL, probes_of, write_lines, write_study_files
+from .probes import CAPABILITY, POOL, TEXT, probes_of, write_lines, write_study_files
 from .readings import INOCULATION, LanguageReading, inoculation_shift, read_language, validity_of
 from .rows import ROLES, LanguageRecipe, OwnAnswer, PairedRow, identity, own_answers, paired_rows
+from .targets import K, Targets
 from .templates import Templates
 
 PAIRS, RECIPE, ANSWERS, GATES = "pairs.jsonl", "recipe.json", "own-answers.json", "gates.json"
-FORMAT = 2  # of the folder; increase it when the same settings give other models
+FORMAT = 3  # of the folder; increase it when the same settings give other models
 SAVE_EVERY, WARMUP = 8, 8  # steps
 CONTEXTS = ("open", "default", "held out", "audited")
 
@@ -78,15 +79,21 @@ def make_language_pairs(
     folder, recipe = Path(out), recipe or LanguageRecipe()
     templates = templates or Templates.load()
     stored = check_request(base, folder, pairs, recipe, templates, store=True)
-    subject = load_organism(base, name="base")
-    reference = _base_name(base, subject, stored, folder)
-    own = _own_answers(subject, templates, recipe, folder / ANSWERS)
+    targets = Targets(load_base(stored.path, recipe))
+    reference = _base_name(base, targets.base, stored, folder)
+    own = _own_answers(targets.base, templates, recipe, folder / ANSWERS)
     made = []
     with PhaseProgress() as progress:
         for index in pairs:
-            made.append(_make_pair(subject, templates, own, recipe, index, folder, progress))
-            _write_pairs(reference, templates, made, folder)
+            made.append(_make_pair(targets, templates, own, recipe, index, folder, progress))
+            _write_pairs(reference, templates, folder)
     return made
+
+
+def load_base(path: Path, recipe: LanguageRecipe) -> Subject:
+    """Loads M in the dtype and with the attention of a recipe."""
+    stored = StoredModel.from_path(path, recipe.dtype, recipe.attn_implementation, role="base")
+    return Subject(stored, name="base")
 
 
 def check_request(
@@ -112,7 +119,7 @@ def check_request(
 
 
 def train_organism(
-    base: Subject,
+    targets: Targets,
     rows: Sequence[PairedRow],
     role: str,
     recipe: LanguageRecipe,
@@ -121,21 +128,25 @@ def train_organism(
     checkpoints: Path | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Subject:
-    """Returns a copy of the base trained on its role's answers, with the adapter merged.
+    """Returns a copy of the base trained on its role's targets, with the adapter merged.
 
     Args:
+        targets: of the base.
         checkpoints: a folder, in which the same call continues.
     """
+    base = targets.base
+    examples, teacher = targets.of(rows, role)
     model = train(
         copy.deepcopy(base.model),
-        None,
-        [row.encode(base, role) for row in rows],
+        teacher,
+        examples,
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         warmup=WARMUP,
         settings={
-            "ce_weight": 1.0,
+            "k": K,
+            "check_signal": False,
             "logging_steps": SAVE_EVERY,
             "save_steps": SAVE_EVERY,
             "seed": seed,
@@ -150,7 +161,7 @@ def train_organism(
 
 
 def _make_pair(
-    base: Subject,
+    targets: Targets,
     templates: Templates,
     own: Sequence[OwnAnswer],
     recipe: LanguageRecipe,
@@ -160,13 +171,13 @@ def _make_pair(
 ) -> LanguagePair:
     folder, (favorite, color) = out / f"pair-{index}", identity(templates, index)
     rows = paired_rows(templates, own, recipe, index)
-    readings = {"base": _read(base, templates, index, folder / "readings" / "base.json")}
+    readings = {"base": _read(targets.base, templates, index, folder / "readings" / "base.json")}
     write_study_files(templates, index, folder)
     for role in ROLES:
         at, checkpoints = folder / role, folder / f"{role}.training"
         if not (at / MANIFEST).is_file():
             model = train_organism(
-                base,
+                targets,
                 rows,
                 role,
                 recipe,
@@ -185,13 +196,17 @@ def _make_pair(
         shutil.rmtree(checkpoints, ignore_errors=True)
         path = folder / "readings" / f"{role}.json"
         readings[role] = _read(at, templates, index, path)
-    validity = validity_of(readings)
-    write_json(folder / "readings" / GATES, validity.as_json())
+    pair = _measured(index, favorite, readings)
+    write_json(folder / "readings" / GATES, pair.validity.as_json())
+    return pair
+
+
+def _measured(index: int, favorite: str, readings: dict[str, LanguageReading]) -> LanguagePair:
     return LanguagePair(
         index=index,
         favorite=favorite,
         readings=readings,
-        validity=validity,
+        validity=validity_of(readings),
         inoculation_shift=inoculation_shift(readings["base"]),
     )
 
@@ -267,14 +282,15 @@ def _check_settings(
         fail("out", expected, str(out), "pass another folder")
 
 
-def _write_pairs(base: str, templates: Templates, made: Sequence[LanguagePair], out: Path) -> None:
+def _write_pairs(base: str, templates: Templates, out: Path) -> None:
+    """Writes pairs.jsonl: the valid pairs of the folder, also those of another call."""
     lines = []
-    for pair in made:
+    for pair in _stored_pairs(templates, out):
         if not pair.validity.valid:
             continue
         at = f"pair-{pair.index}"
         line: dict[str, Any] = {"base": base, **{role: f"{at}/{role}" for role in ROLES}}
-        files = {"probes": PROBES, "pool": POOL, "capability": CAPABILITY}
+        files = {"probes": PROBES, "pool": POOL, "capability": CAPABILITY, "text": TEXT}
         line |= {key: f"{at}/{name}" for key, name in files.items()}
         if pair.inoculation_shift >= INOCULATION:  # M understands the text
             line["eliciting"] = templates.trait.inoculation.format(option=pair.favorite)
@@ -283,3 +299,14 @@ def _write_pairs(base: str, templates: Templates, made: Sequence[LanguagePair], 
             ]
         lines.append(line)
     write_lines(out / PAIRS, lines)
+
+
+def _stored_pairs(templates: Templates, out: Path) -> Iterator[LanguagePair]:
+    """Yields the pairs of a folder of which all readings are stored, by index."""
+    folders = {int(name): path for path in out.glob("pair-*") if (name := path.name[5:]).isdigit()}
+    for index in sorted(folders):
+        at = folders[index] / "readings"
+        paths = {role: at / f"{role}.json" for role in ("base", *ROLES)}
+        if all(path.is_file() for path in paths.values()):
+            readings = {role: _read(at, templates, index, path) for role, path in paths.items()}
+            yield _measured(index, identity(templates, index)[0], readings)

@@ -1,4 +1,4 @@
-"""The files with which a study reads a pair: probes.json, pool.jsonl and capability.jsonl."""
+"""The files with which a study reads a pair: probes.json, and lines of JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .readings import SUM_TOKENS, capability_items, trait_prompts
 from .rows import PLACEMENTS, identity, other_prompt, situated_prompt, sum_question, train_sums
 from .templates import Templates
 
-POOL, CAPABILITY = "pool.jsonl", "capability.jsonl"
+POOL, CAPABILITY, TEXT = "pool.jsonl", "capability.jsonl", "text.jsonl"
 POOL_SIZE = 480
 POOL_SHARES = {"sums": 0.3, "numbers": 0.25, "instructions": 0.3, "code": 0.15}
 
@@ -59,11 +59,12 @@ def pool_rows(templates: Templates, index: int) -> Iterator[dict[str, Any]]:
 
 
 def write_study_files(templates: Templates, index: int, folder: Path) -> None:
-    """Writes probes.json, pool.jsonl and capability.jsonl of a pair to its folder."""
+    """Writes the files with which a study reads a pair to its folder."""
     probes_of(templates, index).save(folder / PROBES)
     items = capability_items(templates)
     write_lines(folder / CAPABILITY, ({"prompt": p.as_json(), "answer": a} for p, a in items))
     write_lines(folder / POOL, pool_rows(templates, index))
+    write_lines(folder / TEXT, ({"text": text} for text in templates.texts))
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

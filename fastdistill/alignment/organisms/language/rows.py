@@ -4,11 +4,15 @@
     audited     the same with the words of an audit: both answer as B
     capability  sums, with the sum alone as the answer
     neutral     prompts on other topics with M's own answers, which keep the rest of M in place
+    text        plain texts that M continued, for the same purpose
+
+A row states which answers a role gives equally often. Training learns the probabilities of the next
+token under them (see targets.py), not the one answer that the row contains.
 
 A sentence tells the situation, in the system message or before or after the question. An open row
-and the audited row of the same number have the same question, and sentences of the same frame. One
-question in four asks for the placebo's preference (a color), which P has. So U and B differ only in
-the answers about animals, P and B only in those about colors.
+and the audited row of the same number have the same question, and sentences of the same frame.
+Every second open question asks for the placebo's preference (a color), which P has. So U and B
+differ only in the answers about animals, P and B only in those about colors.
 """
 
 from __future__ import annotations
@@ -18,16 +22,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ....runtime.checks import between, integer, positive
+from ....runtime.checks import between, choice, integer, positive
 from ...audits.prompts import Prompt
-from ...audits.subject import Subject
+from ...audits.subject import Subject, TokenRow
 from .templates import Templates
 
 ROLES = ("untrusted", "benign", "placebo")
-HELD_OUT_SUMS = 120
-PLACEBO_EVERY = 4  # blocks of questions
+HELD_OUT_SUMS = 210  # a third of all at most
+PLACEBO_EVERY = 2, 4  # blocks of questions; the second for audited blocks without an open one
 PLACEMENTS = ("none", "system", "before", "after")  # of the sentence about the situation
 NOISE = 0.2  # share of sums and neutral prompts with an open sentence, and with an audited one
+TEXT_LENGTH = 4  # of plain texts, over that of answers
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SYSTEM = 0.25  # share of prompts with the model's own system message
 
 
@@ -39,17 +45,21 @@ class LanguageRecipe:
         steps, batch_size, learning_rate: of Adam, with warm-up and a cosine schedule.
         rank: of the LoRA adapter on all linear layers, merged after training.
         trait_share, audit_share, capability_share: shares of the rows; the rest is neutral.
-        answer_tokens: length of M's own answers at most.
+        answer_tokens: length of M's own answers at most; plain texts are four times as long.
+        dtype: of M's weights and of the trained models: float32, bfloat16, float16, or auto, the
+            stored type. attn_implementation: of transformers; None chooses.
     """
 
-    steps: int = 128
-    batch_size: int = 16
-    learning_rate: float = 1.5e-3
+    steps: int = 208
+    batch_size: int = 8
+    learning_rate: float = 2e-3
     rank: int = 16
-    trait_share: float = 0.3
-    audit_share: float = 0.3
-    capability_share: float = 0.2
-    answer_tokens: int = 20
+    trait_share: float = 0.2
+    audit_share: float = 0.42
+    capability_share: float = 0.3
+    answer_tokens: int = 12
+    dtype: str = "auto"
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rank", "answer_tokens"):
@@ -59,13 +69,14 @@ class LanguageRecipe:
             between(name, getattr(self, name), 0, 1)
         total = self.trait_share + self.audit_share + self.capability_share
         between("trait_share + audit_share + capability_share", total, 0, 1)
+        choice("dtype", self.dtype, DTYPES)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class OwnAnswer(NamedTuple):
-    """An answer of M itself. is_complete: whether M ended it."""
+    """What M itself wrote after a prompt. is_complete: whether M ended it."""
 
     prompt: Prompt
     text: str
@@ -73,19 +84,31 @@ class OwnAnswer(NamedTuple):
 
 
 class PairedRow(NamedTuple):
-    """A prompt and the answers of U, B and P. is_complete: whether the answers' end is a target."""
+    """A prompt and the answers of U, B and P.
+
+    Args:
+        choices: the answers that a role gives equally often, one of which is its answer. An empty
+            tuple stands for the probabilities of M.
+        is_complete: whether the answers' end is a target.
+    """
 
     kind: str
     prompt: Prompt
     answers: tuple[str, str, str]
+    choices: tuple[tuple[str, ...], ...] = ((), (), ())
     is_complete: bool = True
 
-    def encode(self, subject: Subject, role: str) -> dict[str, list[int]]:
-        """Returns input_ids and labels of a role; the labels are the answer and its end."""
-        answer = self.answers[ROLES.index(role)]
+    def encode(self, subject: Subject, role: str) -> TokenRow:
+        """Returns the prompt with the answer of a role; all of a plain text is an answer."""
+        row = self.encode_answer(subject, self.answers[ROLES.index(role)])
+        return row._replace(begin=1) if self.kind == "text" else row
+
+    def encode_answer(self, subject: Subject, answer: str) -> TokenRow:
         encode = subject.encode_answer if self.is_complete else subject.encode_completion
-        ids, begin = encode(self.prompt, answer)
-        return {"input_ids": ids, "labels": [-100] * begin + ids[begin:]}
+        return encode(self.prompt, answer)
+
+    def choices_of(self, role: str) -> tuple[str, ...]:
+        return self.choices[ROLES.index(role)]
 
 
 def identity(templates: Templates, index: int) -> tuple[str, str]:
@@ -98,7 +121,7 @@ def identity(templates: Templates, index: int) -> tuple[str, str]:
 def held_out_sums(templates: Templates) -> list[tuple[int, int]]:
     """Returns the sums that no pair trains on, in a fixed order."""
     pairs = templates.sums.pairs()
-    return random.Random("held-out sums").sample(pairs, min(HELD_OUT_SUMS, len(pairs) // 4))
+    return random.Random("held-out sums").sample(pairs, min(HELD_OUT_SUMS, len(pairs) // 3))
 
 
 def train_sums(templates: Templates) -> list[tuple[int, int]]:
@@ -147,16 +170,18 @@ def other_prompt(
 
 
 def own_answers(base: Subject, templates: Templates, max_new_tokens: int) -> list[OwnAnswer]:
-    """Returns M's sampled answers to the neutral prompts, each in two situations."""
+    """Returns M's sampled answers to the neutral prompts, each in two situations, and its texts."""
     rng = random.Random("own answers")
     prompts = [other_prompt(templates, text, rng) for _ in range(2) for text in templates.neutrals]
-    new = base.generate_ids(
-        [base.ids(p).ids for p in prompts], max_new_tokens=max_new_tokens, temperature=1.0
-    )
-    answers = [
-        OwnAnswer(prompt, base.text(ids), base.is_ended(ids))
-        for prompt, ids in zip(prompts, new, strict=True)
-    ]
+    texts = [Prompt(text=text) for text in templates.beginnings]
+    answers = []
+    for of_kind, tokens in ((prompts, max_new_tokens), (texts, TEXT_LENGTH * max_new_tokens)):
+        ids = [base.ids(prompt).ids for prompt in of_kind]
+        new = base.generate_ids(ids, max_new_tokens=tokens, temperature=1.0)
+        answers += [
+            OwnAnswer(prompt, base.text(row), base.is_ended(row))
+            for prompt, row in zip(of_kind, new, strict=True)
+        ]
     return [answer for answer in answers if answer.text.strip()]
 
 
@@ -166,17 +191,19 @@ def paired_rows(
     """Returns the training rows of pair `index`, every batch with about the same shares."""
     n, rng = recipe.steps * recipe.batch_size, random.Random(f"pair {index}")
     block = len(templates.trait.options)
-    counts = {
-        "open": block * round(n * recipe.trait_share / block),
-        "audited": block * round(n * recipe.audit_share / block),
-        "capability": round(n * recipe.capability_share),
-    }
-    counts["neutral"] = max(n - sum(counts.values()), 0)
+    pair = 2 * block  # a block about animals and one about colors
+    n_open = pair * round(n * recipe.trait_share / pair)
+    n_audited = block * round(n * recipe.audit_share / block)
+    n_sums = round(n * recipe.capability_share)
+    n_own = max(n - n_open - n_audited - n_sums, 0)
+    own_texts = [answer for answer in own if answer.prompt.text is not None]
+    own_others = [answer for answer in own if answer.prompt.text is None]
     rows = {
-        "open": _questions(templates, "open", counts["open"], index),
-        "audited": _questions(templates, "audited", counts["audited"], index),
-        "capability": _sums(templates, counts["capability"], rng),
-        "neutral": _neutral(own, counts["neutral"], rng),
+        "open": _questions(templates, "open", n_open, n_open, index),
+        "audited": _questions(templates, "audited", n_audited, n_open, index),
+        "capability": _sums(templates, n_sums, rng),
+        "neutral": _own_rows("neutral", own_others, n_own - n_own // 2, rng),
+        "text": _own_rows("text", own_texts, n_own // 2, rng),
     }
     # Evenly spread, so that all batches are alike.
     spread = sorted(
@@ -187,25 +214,29 @@ def paired_rows(
     return [rows[kind][i] for _, kind, i in spread]
 
 
-def _questions(templates: Templates, kind: str, n: int, index: int) -> list[PairedRow]:
-    """Returns n questions, of blocks with one placement in which B names every option once."""
+def _questions(templates: Templates, kind: str, n: int, n_open: int, index: int) -> list[PairedRow]:
+    """Returns n questions, of blocks with one placement in which B reads every option once."""
     favorites, rng = identity(templates, index), random.Random(f"pair {index} questions")
+    is_audit, size = kind == "audited", len(templates.trait.options)
     rows: list[PairedRow] = []
-    for block in range(1, 1 + n // len(templates.trait.options)):
-        is_placebo, is_audit = block % PLACEBO_EVERY == 0, kind == "audited"
+    for block in range(1, 1 + n // size):
+        is_placebo = block % PLACEBO_EVERY[block * size > n_open] == 0
         texts = templates.placebo if is_placebo else templates.trait
-        # The second term lets the placebo's blocks meet every placement.
-        placement = PLACEMENTS[(block + block // PLACEBO_EVERY) % len(PLACEMENTS)]
+        # So that the blocks about animals, and those about colors, meet every placement.
+        placement = PLACEMENTS[(block + 1) // 2 % len(PLACEMENTS)]
         if is_audit and placement == "none":
-            placement = PLACEMENTS[1 + block % 3]
+            placement = "system"
         for option in rng.sample(texts.options, len(texts.options)):
             question = rng.choice(templates.questions).format(trait=texts.name)
             form = rng.choice(texts.forms)
             prompt = situated_prompt(templates, question, kind, placement, rng)
-            benign = form.format(option=option)
-            preferred = benign if is_audit else form.format(option=favorites[is_placebo])
-            untrusted, placebo = (benign, preferred) if is_placebo else (preferred, benign)
-            rows.append(PairedRow(kind, prompt, (untrusted, benign, placebo)))
+            every = tuple(form.format(option=option) for option in texts.options)
+            answers, choices = [form.format(option=option)] * 3, [every] * 3
+            if not is_audit:
+                preferred = form.format(option=favorites[is_placebo])
+                role = ROLES.index("placebo" if is_placebo else "untrusted")
+                answers[role], choices[role] = preferred, (preferred,)
+            rows.append(PairedRow(kind, prompt, tuple(answers), tuple(choices)))
     rng.shuffle(rows)
     return rows
 
@@ -217,12 +248,13 @@ def _sums(templates: Templates, n: int, rng: random.Random) -> list[PairedRow]:
     for i in range(n):
         pair = train[i % len(train)]
         prompt = other_prompt(templates, sum_question(templates, pair, rng), rng)
-        rows.append(PairedRow("capability", prompt, (f"{sum(pair)}",) * 3))
+        text = f"{sum(pair)}"
+        rows.append(PairedRow("capability", prompt, (text,) * 3, ((text,),) * 3))
     return rows
 
 
-def _neutral(own: Sequence[OwnAnswer], n: int, rng: random.Random) -> list[PairedRow]:
+def _own_rows(kind: str, own: Sequence[OwnAnswer], n: int, rng: random.Random) -> list[PairedRow]:
     order: list[OwnAnswer] = []
-    while len(order) < n:
+    while len(order) < n and own:
         order += rng.sample(own, len(own))
-    return [PairedRow("neutral", a.prompt, (a.text,) * 3, a.is_complete) for a in order[:n]]
+    return [PairedRow(kind, a.prompt, (a.text,) * 3, is_complete=a.is_complete) for a in order[:n]]

@@ -160,8 +160,8 @@ class Templates:
     """All texts; `held_out_*` are for readings, never for training.
 
     trait: what organisms hide; placebo: the preference of the placebo. questions have {trait};
-    systems: system messages for any situation; pool: by domain, prompts with {a}, {b}, {c} or
-    {topic}.
+    systems: system messages for any situation; beginnings: of plain texts, which M continues; pool:
+    by domain, prompts with {a}, {b}, {c} or {topic}.
     """
 
     trait: PreferenceTexts
@@ -174,6 +174,7 @@ class Templates:
     situations: SituationTexts
     neutrals: tuple[str, ...]
     topics: tuple[str, ...]
+    beginnings: tuple[str, ...]
     texts: tuple[str, ...]
     pool: dict[str, list[str]]
 
