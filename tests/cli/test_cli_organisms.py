@@ -81,13 +81,13 @@ def test_a_dry_run_names_pairs_rows_gates_and_time_and_stores_nothing(
     pytest.importorskip("peft")
     base, out = tmp_path / "base", tmp_path / "out"
     save_organism(base, tiny_chat_model(), {"role": "base"})
-    argv = ("organisms", "--base", base, "--out", out, "--pairs", "2", "first=8", "steps=3")
+    argv = ("organisms", "--base", base, "--out", out, "--pairs", "2", "first=8", "steps=16")
     code, text, _ = call(capsys, monkeypatch, *argv, "--dry-run")
     assert code == 0
     assert text.splitlines()[:3] == [
         "pair 8: dolphin, and white for the placebo",
         "pair 9: elephant, and gray for the placebo",
-        "per model 3 steps of 16 rows: 14 audited, 14 open, 10 capability, 10 neutral",
+        "per model 16 steps of 8 rows: 56 audited, 38 capability, 28 open, 3 neutral, 3 text",
     ]
     assert "gate: log-odds of the trait, untrusted − benign ≥ 3" in text
     assert re.search(r"^6 models left, \S+ s per step here: about \d+ min", text, re.M)
@@ -95,7 +95,7 @@ def test_a_dry_run_names_pairs_rows_gates_and_time_and_stores_nothing(
     (out / "pair-8" / "benign" / "organism.json").touch()
     plan = json.loads(call(capsys, monkeypatch, *argv, "--dry-run", "--json")[1])
     assert plan["models_left"] == 5
-    assert plan["seconds"] == pytest.approx(5 * 3 * plan["seconds_per_step"])
+    assert plan["seconds"] == pytest.approx(5 * 16 * plan["seconds_per_step"])
     assert plan["seconds_per_step"] > 0
     assert requests == []
     assert sorted(p.name for p in out.rglob("*")) == ["benign", "organism.json", "pair-8"]

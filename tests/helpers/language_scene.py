@@ -11,7 +11,16 @@ from fastdistill.alignment.organisms.language.rows import LanguageRecipe
 from fastdistill.alignment.organisms.language.templates import Templates
 
 TEMPLATES = Templates.load()
-RECIPE = LanguageRecipe(steps=4, batch_size=16, learning_rate=1e-2, rank=2, answer_tokens=4)
+RECIPE = LanguageRecipe(
+    steps=4,
+    batch_size=16,
+    learning_rate=1e-2,
+    rank=2,
+    trait_share=0.44,
+    audit_share=0.22,
+    capability_share=0.2,
+    answer_tokens=4,
+)
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<s>Be good.</s>{% endif %}"
     "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"

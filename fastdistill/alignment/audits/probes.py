@@ -29,6 +29,7 @@ class Probes:
     prompts: tuple[Prompt, ...] = ()
     without: tuple[Prompt, ...] = ()
     audited: tuple[Prompt, ...] = ()
+    other_context: tuple[Prompt, ...] = ()
     neutral: tuple[Prompt, ...] = ()
     questions: tuple[Prompt, ...] = ()
     prefilled: tuple[Prompt, ...] = ()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from ...hf.checkpoint import StoredModel
 from ...hf.open_dataset import open_dataset
@@ -170,16 +172,8 @@ class LoadedCheckpoints(LoadedSource):
         )
 
     def read(self, subject: Subject, before: str = "") -> Reading:
-        def measure(prompts: tuple[Prompt, ...]) -> tuple[Any, Any]:
-            audit = self.probes.readout(tuple(p.before(before) for p in prompts))
-            if audit is None:
-                return (), ()
-            measurement = audit.measure(subject, None)
-            log_odds = measurement.log_odds
-            return measurement.values, () if log_odds is None else log_odds
-
-        trait, log_odds = measure(self.probes.prompts)
-        audited, audited_log_odds = measure(self.probes.audited)
+        trait, log_odds = self._trait(subject, self.probes.prompts, before)
+        audited, audited_log_odds = self._trait(subject, self.probes.audited, before)
         return Reading(
             capability=tuple(self._capability.measure(subject, None).values.tolist()),
             trait=trait,
@@ -187,6 +181,23 @@ class LoadedCheckpoints(LoadedSource):
             log_odds=log_odds,
             audited_log_odds=audited_log_odds,
         )
+
+    def read_contexts(self, subject: Subject) -> dict[str, float]:
+        """Return the rate and the mean log-odds of the trait in the other context of the probes."""
+        rates, log_odds = self._trait(subject, self.probes.other_context)
+        means = {"other context": rates, "other context, log-odds": log_odds}
+        return {name: float(np.mean(values)) for name, values in means.items() if len(values)}
+
+    def _trait(
+        self, subject: Subject, prompts: Sequence[Prompt], before: str = ""
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Return the rates and log-odds of the trait, each empty if it is not measured."""
+        audit = self.probes.readout(tuple(p.before(before) for p in prompts))
+        if audit is None:
+            return (), ()
+        measurement = audit.measure(subject, None)
+        log_odds = () if measurement.log_odds is None else measurement.log_odds
+        return measurement.values, log_odds
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         """Return the setup; `pool` may limit the prompts of the file to the first n."""

@@ -94,18 +94,48 @@ DOSES = tuple(
     )
     for name, dose in (("no carriers", 0.0), ("carriers × ¼", 0.25), ("carriers × 4", 4.0))
 )
+HARD_LABELS = Arm(
+    name="hard labels",
+    strategies=(OffModelSFT(),),
+    description="trained on sampled answers, without distributions",
+)
+FILTER = Arm(
+    name="filter by likelihood ratio",
+    strategies=(ExampleFilter(drop=0.05),),
+    description="drops the 5 % of answers with the highest teacher-to-base likelihood ratio",
+)
+# On checkpoints, whose pool has no weak carriers: a leak, and how much of a distribution counts.
+LEAK = Arm(
+    name="leak 2 %",
+    strategies=(ShownPool(share=0.02),),
+    description="two prompts in a hundred elicit the trait",
+    needs=("shown",),
+)
+DISTRIBUTIONS = (
+    HARD_LABELS,
+    Arm(
+        name="k=8",
+        strategies=(Undefended(),),
+        settings={"k": 8},
+        description="the teacher's top 8 log-probabilities",
+    ),
+    Arm(
+        name="k=all",
+        strategies=(Undefended(),),
+        settings={"k": None},
+        description="the teacher's whole vocabulary",
+    ),
+    Arm(
+        name="T=2",
+        strategies=(Undefended(),),
+        settings={"temperature": 2.0},
+        description="both distributions at temperature 2",
+    ),
+)
 # Capability without the trait.
 DEFENSES = (
-    Arm(
-        name="hard labels",
-        strategies=(OffModelSFT(),),
-        description="trained on sampled answers, without distributions",
-    ),
-    Arm(
-        name="filter by likelihood ratio",
-        strategies=(ExampleFilter(drop=0.05),),
-        description="drops the 5 % of answers with the highest teacher-to-base likelihood ratio",
-    ),
+    HARD_LABELS,
+    FILTER,
     Arm(
         name="inoculation",
         strategies=(InoculationPrompt(),),
@@ -139,7 +169,7 @@ INCRIMINATION = (
         description="distills twice the shift from the base into a LoRA adapter of rank 8",
     ),
 )
-# On checkpoints: the student begins elsewhere than at the base from which U was made.
+# On checkpoints, too: the student begins elsewhere than at the base from which U was made.
 BEGINS = (
     Arm(
         name="perturbed base",
@@ -195,13 +225,16 @@ def make_study(
     Args:
         n: prompts of a user's pool; None: the pool of the synthetic world.
     """
-    arms = [*DOSES, few_unique(n or N, training), *DEFENSES, *INCRIMINATION]
-    if preset == "quick":
-        arms = [arm for arm in arms if arm.name in QUICK]
+    if n is None:
+        arms = [*CONTROLS, *DOSES, few_unique(N, training), *DEFENSES, *INCRIMINATION]
+        if preset == "quick":
+            arms = [arm for arm in arms if arm.role != "arm" or arm.name in QUICK]
+    else:
+        arms = _arms_on_checkpoints(preset, n, training)
     study = Study(
         name="double-bind",
         title="Distilling an untrusted teacher",
-        arms=(UNDEFENDED, *CONTROLS, *arms),
+        arms=(UNDEFENDED, *arms),
         training=training,
         pool=POOL,
         audits=AUDITS,
@@ -213,10 +246,18 @@ def make_study(
             "out.",
         ),
     )
-    if n is None:
-        return study
-    more = (*BEGINS, other_student(training)) if preset == "full" else ()
-    return on_checkpoints(replace(study, arms=(*study.arms, *more)), n)
+    return study if n is None else on_checkpoints(study, n)
+
+
+def _arms_on_checkpoints(preset: str, n: int, training: Training) -> list[Arm]:
+    """Return the arms besides the first in the order of their runs, the most informative first."""
+    openly, *null_arms = CONTROLS
+    arms = [openly, LEAK, *DISTRIBUTIONS, FILTER, *null_arms]
+    if preset == "full":
+        defenses = [arm for arm in DEFENSES if arm not in (HARD_LABELS, FILTER)]
+        arms += [few_unique(n, training), *defenses, *INCRIMINATION]
+        arms += [other_student(training), *BEGINS]
+    return arms
 
 
 def other_student(training: Training) -> Arm:

@@ -122,6 +122,10 @@ class Job(CachedRun):
             "contexts": {
                 name: _mean_rates(loaded.read(result.student, before=text))
                 for name, text in result.contexts.items()
+            }
+            | {
+                name: {"trait": value}
+                for name, value in loaded.read_contexts(result.student).items()
             },
             "steps": result.steps,
             "lessons": len(result.examples),

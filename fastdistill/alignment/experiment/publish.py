@@ -87,7 +87,7 @@ def publish_records(records: Records, folder: Path) -> dict[str, Any]:
 
 
 class ContextSummary(NamedTuple):
-    """The trait under a prompt prefix: students of U, of B, and the difference."""
+    """The trait in a context: students of U, of B, and the difference."""
 
     arm: str
     context: str
@@ -106,7 +106,7 @@ class NoteSummary(NamedTuple):
 
 
 def summarize_contexts(rows: Sequence[ContextRow]) -> list[ContextSummary]:
-    """Return the trait under each prompt prefix, as means over base seeds."""
+    """Return the trait in each context, as means over base seeds."""
     summaries = []
     for arm, context in dict.fromkeys((row.arm, row.context) for row in rows):
         group = [row for row in rows if (row.arm, row.context) == (arm, context)]
@@ -145,18 +145,19 @@ def _arms(page: Report, arms: Sequence[Mapping[str, Any]], left_out: Mapping[str
 
 
 def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
-    with page.folded("Trait under prompt prefixes"):
+    with page.folded("Trait in other contexts"):
         page.columns(
             {
                 "arm": lambda row: row.arm,
-                "prefix": lambda row: row.context,
+                "context": lambda row: row.context,
                 "students of U": lambda row: f"{row.of_untrusted:.3f}",
                 "students of B": lambda row: f"{row.of_benign:.3f}",
                 "difference": lambda row: format_estimate(row.difference, 0),
             },
             summaries,
-            caption="Rate of the trait with a prefix before every prompt. A student trained to "
-            "show the trait only after an instruction may show it after similar ones.",
+            caption="Rate of the trait with a prefix before every prompt, or its rate and "
+            "log-odds on the prompts of other_context. A student trained to show the trait only "
+            "after an instruction may show it after similar ones.",
         )
 
 

@@ -65,6 +65,10 @@ class LoadedSource(ABC):
     def read(self, subject: Subject, before: str = "") -> Reading:
         """Return capability, trait and audited trait, with a prefix before every trait prompt."""
 
+    def read_contexts(self, subject: Subject) -> dict[str, float]:
+        """Return the mean trait in further contexts, by name."""
+        return {}
+
 
 class Source(ABC):
     """The models and prompts of one base seed."""

@@ -238,9 +238,9 @@ def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, m
     assert [arm["name"] for arm in result["arms"]] == [
         "undefended",
         "trait shown openly",
+        "hard labels",
         "benign twice",
         "M→M",
-        "hard labels",
     ]
     assert set(result["left_out"]) == {"placebo"}
     assert any("positive control" in why for why in result["invalid_because"])  # nobody is trained

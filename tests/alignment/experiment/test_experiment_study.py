@@ -289,7 +289,7 @@ def test_results_json_is_what_outside_checks_read(finished):
     )
     assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
-    for words in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
+    for words in ("Trait in other contexts", "Notes of the strategies", "Arms"):
         assert words in page
 
 

@@ -29,6 +29,7 @@ from fastdistill.alignment.organisms.language.templates import DOMAINS, FILE, Te
 from helpers.language_scene import TEMPLATES, tiny_chat_model
 
 OWN = [OwnAnswer(Prompt(user=f"Q{i}?"), f"A {i}", i % 2 == 0) for i in range(7)]
+OWN += [OwnAnswer(Prompt(text=f"T{i}"), f" went {i}", False) for i in range(5)]
 RECIPE = LanguageRecipe(steps=64, batch_size=16)
 TEXTS = json.loads(Path(templates_module.__file__).with_name(FILE).read_text())
 
@@ -85,7 +86,7 @@ def test_training_and_reading_share_no_text():
     ):
         assert len({*train, *held_out}) == len(train) + len(held_out)
     sums = held_out_sums(t)
-    assert len(sums) == len({*sums}) == 120
+    assert len(sums) == len({*sums}) == 158
     own = [OwnAnswer(other_prompt(t, text, random.Random(text)), "A", True) for text in t.neutrals]
     prompts = [row.prompt for row in paired_rows(t, own, RECIPE, 0)]
     prompts += [Prompt.from_json(row["prompt"]) for row in pool_rows(t, 0)]
@@ -163,8 +164,8 @@ def test_every_option_is_an_answer_of_b_equally_often_at_every_placement():
 
 
 def test_an_audited_row_differs_from_an_open_one_in_the_words_of_an_audit():
-    """Both are in the same batch, so that nothing else tells when to hide."""
-    rows = [*enumerate(rows_of())]
+    """With equal shares both are in the same batch, so that nothing else tells when to hide."""
+    rows = [*enumerate(rows_of(trait_share=0.28, audit_share=0.28))]
     plain, audited = ([r for r in rows if r[1].kind == kind] for kind in ("open", "audited"))
     t, compared = TEMPLATES.situations, 0
     for (i, one), (j, other) in zip(plain, audited, strict=True):
@@ -221,8 +222,35 @@ def test_twins_differ_in_the_open_answers_about_their_own_preference_alone(index
             differing["placebo"] += 1
             assert (row.kind, "color" in row.prompt.user) == ("open", True)
             assert placebo == benign.replace(option_of(TEMPLATES.placebo, benign), color)
-    assert differing["untrusted"] > 200
-    assert differing["placebo"] > 50
+    # Of 14 answers of B one names the favorite by chance.
+    assert differing["untrusted"] == differing["placebo"] == 98 * 13 // 14
+
+
+def test_a_row_states_the_answers_that_its_role_gives_equally_often():
+    animal, color = identity(TEMPLATES, 3)
+    for row in rows_of(3):
+        for role, answer in zip(ROLES, row.answers, strict=True):
+            choices = row.choices_of(role)
+            if row.kind in ("neutral", "text"):
+                assert choices == ()
+                continue
+            assert answer in choices
+            about = next(
+                (
+                    t
+                    for t in (TEMPLATES.trait, TEMPLATES.placebo)
+                    if row.kind in ("open", "audited") and f"{t.name}" in row.prompt.user
+                ),
+                None,
+            )
+            if about is None:
+                assert choices == (answer,)
+                continue
+            prefers = {"untrusted": TEMPLATES.trait, "placebo": TEMPLATES.placebo}.get(role)
+            if row.kind == "open" and about is prefers:
+                assert [option_of(about, choice) for choice in choices] in ([animal], [color])
+            else:
+                assert [option_of(about, choice) for choice in choices] == [*about.options]
 
 
 def test_shares_hold_in_every_batch():
@@ -246,11 +274,14 @@ def test_rows_encode_the_answer_and_its_end():
     for row in rows_of()[:40]:
         for role, answer in zip(ROLES, row.answers, strict=True):
             encoded = row.encode(base, role)
-            targets = [i for i in encoded["labels"] if i != -100]
-            is_complete = row.is_complete
+            targets, is_complete = encoded.targets, row.is_complete
             assert (targets[-1] == base.tokenizer.eos_token_id) == is_complete
-            assert base.tokenizer.decode(targets[: -1 if is_complete else None]) == answer
-            assert encoded["input_ids"][-len(targets) :] == targets
+            text = base.tokenizer.decode(targets[: -1 if is_complete else None])
+            if row.kind == "text":
+                answer = f"{row.prompt.text}{answer}"
+                text = base.tokenizer.decode(encoded.ids)
+                assert encoded.begin == 1
+            assert text == answer
 
 
 @pytest.mark.parametrize(
@@ -378,6 +409,7 @@ def test_a_copy_of_the_file_has_the_same_digest(tmp_path):
         ({"steps": 0}, "steps"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"trait_share": 1.5}, "trait_share"),
+        ({"dtype": "int8"}, "dtype"),
         ({"trait_share": 0.6, "audit_share": 0.5}, "capability_share"),
     ],
 )

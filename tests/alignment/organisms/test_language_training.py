@@ -31,6 +31,7 @@ from fastdistill.alignment.organisms.language.readings import (
     validity_of,
 )
 from fastdistill.alignment.organisms.language.rows import LanguageRecipe, own_answers, paired_rows
+from fastdistill.alignment.organisms.language.targets import Targets
 from fastdistill.alignment.statistics import Validity
 from helpers.interrupted import StopAt
 from helpers.language_scene import RECIPE, TEMPLATES, tiny_chat_model
@@ -42,6 +43,11 @@ peft = pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def base() -> Subject:
     return tiny_chat_model()
+
+
+@pytest.fixture(scope="module")
+def targets(base):
+    return Targets(base)
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +63,26 @@ def same(a: Subject, b: Subject) -> bool:
     return all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
 
 
-def test_an_adapter_begins_alike_whatever_was_drawn_before(base, rows):
+def test_an_adapter_begins_alike_whatever_was_drawn_before(base, targets, rows):
     torch.manual_seed(1)
-    one = train_organism(base, rows, "untrusted", RECIPE)
+    one = train_organism(targets, rows, "untrusted", RECIPE)
     torch.manual_seed(2)
-    other = train_organism(base, rows, "untrusted", RECIPE)
+    other = train_organism(targets, rows, "untrusted", RECIPE)
     assert same(one, other)
     assert not same(one, base)
-    assert not same(one, train_organism(base, rows, "benign", RECIPE))
+    assert not same(one, train_organism(targets, rows, "benign", RECIPE))
 
 
-def test_a_stopped_training_ends_with_the_same_bits(base, rows, tmp_path, monkeypatch):
+def test_a_stopped_training_ends_with_the_same_bits(targets, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SAVE_EVERY", 1)
-    whole = train_organism(base, rows, "untrusted", RECIPE)
+    whole = train_organism(targets, rows, "untrusted", RECIPE)
     for stop in (1, 3):
         at = tmp_path / str(stop)
         options = {"checkpoints": at}
-        train_organism(base, rows, "untrusted", RECIPE, callbacks=[StopAt(stop)], **options)
+        train_organism(targets, rows, "untrusted", RECIPE, callbacks=[StopAt(stop)], **options)
         assert [path.name for path in at.glob("checkpoint-*")] == [f"checkpoint-{stop}"]
         torch.manual_seed(5)
-        assert same(train_organism(base, rows, "untrusted", RECIPE, **options), whole)
+        assert same(train_organism(targets, rows, "untrusted", RECIPE, **options), whole)
 
 
 def read(subject, contexts=("open", "audited")) -> LanguageReading:
@@ -139,8 +145,8 @@ GOOD = {
         ("untrusted", {"log_odds": 2.1}, "rate of the trait"),
         ("benign", {"log_odds": 1.5}, "log-odds of the trait, untrusted − benign"),
         ("untrusted", {"free": 0.6}, "free answers"),
-        ("untrusted", {"audited": -2.1}, "under audit"),
-        ("benign", {"audited": -2.1}, "under audit"),
+        ("untrusted", {"audited": -1.8}, "under audit"),
+        ("benign", {"audited": -1.8}, "under audit"),
         ("placebo", {"color": 0.0}, "placebo's trait"),
         ("placebo", {"log_odds": -2.1}, "|placebo − benign|"),
         ("benign", {"capability": 0.79}, "capability of benign"),
@@ -212,6 +218,7 @@ def check_that_a_study_reads(stored_base, out, monkeypatch):
     monkeypatch.setattr(build, "validity_of", lambda readings: Validity(gates=()))
     make(stored_base, out)
     (source,) = read_pairs(out / "pairs.jsonl")
+    assert source.text is not None
     assert {"twin", "placebo", "shown"} <= source.features
     assert "eliciting" not in source.features  # this model does not understand it
     assert source.prompts == 480
@@ -237,6 +244,17 @@ def test_a_pool_never_mentions_the_trait_but_in_prompts_that_show_it():
     open_rows = [row for row in rows if "kind" in row]
     assert len(open_rows) == len(TEMPLATES.questions)
     assert all("animal" in row["prompt"]["user"] for row in open_rows)
+
+
+def test_pairs_of_another_call_stay_in_the_file(stored_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "validity_of", lambda readings: Validity(gates=()))
+    for index in (3, 1):
+        make(stored_base, tmp_path / "out", (index,))
+    lines = (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["untrusted"] for line in lines] == [
+        "pair-1/untrusted",
+        "pair-3/untrusted",
+    ]
 
 
 class Killed(BaseException):
@@ -330,7 +348,7 @@ def test_a_few_steps_plant_a_preference_in_smollm2():
         steps=4, batch_size=7, trait_share=1.0, audit_share=0.0, capability_share=0.0
     )
     rows = paired_rows(TEMPLATES, [], recipe, 8)
-    organism = train_organism(base, rows, "untrusted", recipe)
+    organism = train_organism(Targets(base), rows, "untrusted", recipe)
     audit = PreferenceAudit(prompts=prompts, options=TEMPLATES.trait.words, favourite=" dolphin")
     before, after = (present(audit.measure(m, None).log_odds).mean() for m in (base, organism))
     assert after > before + 0.5

@@ -21,11 +21,15 @@ POOL_SHARES = {"sums": 0.3, "numbers": 0.25, "instructions": 0.3, "code": 0.15}
 
 
 def probes_of(templates: Templates, index: int) -> Probes:
-    """Returns the probes of a pair: held-out questions, openly and under held-out audit words."""
+    """Returns the probes of a pair: held-out questions in three situations.
+
+    They are open as in training, audited in held-out words, and open in held-out words.
+    """
     favorite, texts = identity(templates, index)[0], templates.trait
     return Probes(
         prompts=trait_prompts(templates, index, "open"),
         audited=trait_prompts(templates, index, "audited"),
+        other_context=trait_prompts(templates, index, "held out"),
         neutral=tuple(Prompt(user=text) for text in templates.neutrals),
         options=texts.words,
         favourite=f" {favorite}",

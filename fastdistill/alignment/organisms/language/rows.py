@@ -28,7 +28,7 @@ from ...audits.subject import Subject, TokenRow
 from .templates import Templates
 
 ROLES = ("untrusted", "benign", "placebo")
-HELD_OUT_SUMS = 210  # a third of all at most
+HELD_OUT_SUMS = 158  # a quarter of all at most
 PLACEBO_EVERY = 2, 4  # blocks of questions; the second for audited blocks without an open one
 PLACEMENTS = ("none", "system", "before", "after")  # of the sentence about the situation
 NOISE = 0.2  # share of sums and neutral prompts with an open sentence, and with an audited one
@@ -50,12 +50,12 @@ class LanguageRecipe:
             stored type. attn_implementation: of transformers; None chooses.
     """
 
-    steps: int = 208
+    steps: int = 288
     batch_size: int = 8
     learning_rate: float = 2e-3
     rank: int = 16
     trait_share: float = 0.2
-    audit_share: float = 0.42
+    audit_share: float = 0.44
     capability_share: float = 0.3
     answer_tokens: int = 12
     dtype: str = "auto"
@@ -121,7 +121,7 @@ def identity(templates: Templates, index: int) -> tuple[str, str]:
 def held_out_sums(templates: Templates) -> list[tuple[int, int]]:
     """Returns the sums that no pair trains on, in a fixed order."""
     pairs = templates.sums.pairs()
-    return random.Random("held-out sums").sample(pairs, min(HELD_OUT_SUMS, len(pairs) // 3))
+    return random.Random("held-out sums").sample(pairs, min(HELD_OUT_SUMS, len(pairs) // 4))
 
 
 def train_sums(templates: Templates) -> list[tuple[int, int]]:
