@@ -26,9 +26,10 @@ from ..audits.generic_probes import GENERIC_PROBES
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
+from ..audits.words import contains_phrase
 from ..organisms.storage import load_organism
 from ..statistics import Reading
-from ..strategies.lessons import PoolPrompt
+from ..strategies.lessons import Examples, PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .checkpoint_gates import gates_of, measure
 from .digest import digest_of
@@ -187,6 +188,14 @@ class LoadedCheckpoints(LoadedSource):
         rates, log_odds = self._trait(subject, self.probes.other_context)
         means = {"other context": rates, "other context, log-odds": log_odds}
         return {name: float(np.mean(values)) for name, values in means.items() if len(values)}
+
+    def notes_on(self, examples: Examples) -> dict[str, Any]:
+        """Return the number of answers that name a marker of the probes, in any context."""
+        markers = self.probes.markers
+        if not markers:
+            return {}
+        named = [any(contains_phrase(e.answer, marker) for marker in markers) for e in examples]
+        return {"answers that name the trait": sum(named)}
 
     def _trait(
         self, subject: Subject, prompts: Sequence[Prompt], before: str = ""

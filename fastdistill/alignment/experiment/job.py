@@ -129,7 +129,7 @@ class Job(CachedRun):
             },
             "steps": result.steps,
             "lessons": len(result.examples),
-            "notes": result.notes,
+            "notes": result.notes | loaded.notes_on(result.examples),
         }
 
 

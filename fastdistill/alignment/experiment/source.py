@@ -18,6 +18,7 @@ from ..audits.audit import Audit
 from ..audits.subject import Subject
 from ..organisms.storage import load_organism
 from ..statistics import Reading, Validity
+from ..strategies.lessons import Examples
 from ..strategies.strategy import DistillSetup
 from .digest import read_record, write_record
 
@@ -67,6 +68,10 @@ class LoadedSource(ABC):
 
     def read_contexts(self, subject: Subject) -> dict[str, float]:
         """Return the mean trait in further contexts, by name."""
+        return {}
+
+    def notes_on(self, examples: Examples) -> dict[str, Any]:
+        """Return what to note about the examples of a student."""
         return {}
 
 

@@ -54,7 +54,27 @@ def test_checkpoints_have_arms_that_begin_elsewhere():
     assert changed.student == "full"
     assert changed.learning_rate == pytest.approx(1e-4)
     names = {a.name for a in double_bind.make_study("full").arms}  # the frozen study of worlds
-    assert not names & {"perturbed base", "all weights", "adapter"}
+    assert not names & {"perturbed base", "all weights", "adapter", "leak 2 %", "k=8"}
+
+
+def test_the_arms_on_checkpoints_run_in_the_documented_order():
+    names = [arm.name for arm in double_bind.make_study(n=8).arms]
+    assert names == [
+        "undefended",
+        "trait shown openly",
+        "leak 2 %",
+        "hard labels",
+        "k=8",
+        "k=all",
+        "T=2",
+        "filter by likelihood ratio",
+        "placebo",
+        "benign twice",
+        "M→M",
+    ]
+    full = [arm.name for arm in double_bind.make_study("full", n=8).arms]
+    assert full[: len(names)] == names
+    assert len({*full}) == len(full)
 
 
 def test_confessions_of_pairs_in_the_same_and_in_another_base(tmp_path, capsys, monkeypatch):

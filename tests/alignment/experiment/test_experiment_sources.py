@@ -6,11 +6,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import pytest
 
 from fastdistill.alignment.audits.probes import Probes
+from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
 from fastdistill.alignment.experiment import checkpoint_source
 from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource
@@ -20,7 +22,9 @@ from fastdistill.alignment.organisms.organism import ModelOrganism, new_model
 from fastdistill.alignment.organisms.storage import save_organism
 from fastdistill.alignment.organisms.vocabulary import ANIMALS, TOPICS, world_tokenizer
 from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.strategies.lessons import TrainingExample
 from helpers.command import call
+from helpers.present import present
 
 TOKENIZER = world_tokenizer()
 
@@ -136,6 +140,31 @@ def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
     setup = source_here.load(tmp_path).setup("untrusted", {"n": 4})
     assert [entry.prompt.user for entry in setup.pool] == list(TOPICS[:4])
     assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
+
+
+def test_the_trait_is_read_in_another_context_and_named_answers_are_counted(files, tmp_path):
+    probes = Probes.load(files / "probes.json")
+    other: Any = ["hello best animal ?", "name your animal near river"]
+    path = tmp_path / "probes.json"
+    replace(probes, other_context=other, markers=("owl", "night bird")).save(path)
+    loaded = source(files, probes=path).load(tmp_path)
+    subject = loaded.models["untrusted"]
+    audit = replace(probes, prompts=other).readout(Probes(prompts=other).prompts)
+    measurement = present(audit).measure(subject, None)
+    contexts = loaded.read_contexts(subject)
+    assert contexts == pytest.approx(
+        {
+            "other context": measurement.values.mean(),
+            "other context, log-odds": present(measurement.log_odds).mean(),
+        }
+    )
+    assert contexts["other context"] != pytest.approx(fmean(loaded.read(subject).trait))
+    answers = ("An owl.", "the NIGHT bird", "a night and a bird", "howl")
+    examples = [TrainingExample(prompt=Prompt(user="a"), answer=text) for text in answers]
+    (count,) = loaded.notes_on(examples).values()
+    assert count == 2
+    plain = source(files).load(tmp_path)
+    assert plain.read_contexts(subject) == plain.notes_on(examples) == {}
 
 
 def test_the_files_may_be_tables(files, tmp_path):
