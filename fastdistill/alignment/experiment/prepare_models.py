@@ -28,6 +28,9 @@ class ModelBuild:
     def run(self, folder: Path) -> None:
         self.source.prepare(folder / SOURCES)
 
+    def path(self, folder: Path) -> Path:
+        return self.source.cache(folder / SOURCES)
+
     def is_done(self, folder: Path) -> bool:
         try:
             self.source.cached(folder / SOURCES)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pytest
+from filelock import FileLock
 
-from fastdistill.alignment.experiment import executors
 from fastdistill.alignment.experiment.executors import Execution, run_all
 
 
@@ -60,11 +59,41 @@ def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
-    orders = set()
-    for pid in range(5):
-        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
-        order = executors._rotate_by_pid(WORK)
-        assert sorted(order, key=lambda one: WORK.index(cast(Touch, one))) == WORK
-        orders.add(order[0])
-    assert len(orders) == 5
+def test_runs_start_in_their_order_and_leave_no_lock(tmp_path):
+    done: list[Touch] = []
+
+    class Recorded(Touch):
+        def run(self, folder: Path) -> None:
+            assert (folder / f"{self.name}.lock").is_file()
+            done.append(self)
+            super().run(folder)
+
+    work = [Recorded(one.name) for one in WORK]
+    run_all(work, tmp_path)
+    assert done == work
+    assert not [*tmp_path.glob("*.lock")]
+
+
+def test_a_run_of_another_process_is_skipped_and_waited_for_at_the_end(tmp_path):
+    held = FileLock(tmp_path / "run-1.lock")
+    held.acquire()
+    order = []
+
+    class Other(Touch):
+        def run(self, folder: Path) -> None:
+            order.append(self.name)
+            super().run(folder)
+            if self.name == "run-4":  # the other process finishes meanwhile
+                Touch("run-1").run(folder)
+                held.release()
+
+    run_all([Other(one.name) for one in WORK], tmp_path)
+    assert order == ["run-0", "run-2", "run-3", "run-4"]
+    assert (tmp_path / "run-1").is_file()
+
+
+def test_a_run_that_another_process_left_unfinished_is_executed(tmp_path):
+    """Its lock ends with the process; the file stays."""
+    (tmp_path / "run-1.lock").touch()
+    run_all(WORK, tmp_path)
+    assert all(one.is_done(tmp_path) for one in WORK)
