@@ -199,14 +199,14 @@ class LoadedCheckpoints(LoadedSource):
 
     def _trait(
         self, subject: Subject, prompts: Sequence[Prompt], before: str = ""
-    ) -> tuple[Sequence[float], Sequence[float]]:
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the rates and log-odds of the trait, each empty if it is not measured."""
         audit = self.probes.readout(tuple(p.before(before) for p in prompts))
         if audit is None:
             return (), ()
         measurement = audit.measure(subject, None)
         log_odds = () if measurement.log_odds is None else measurement.log_odds
-        return measurement.values, log_odds
+        return tuple(measurement.values), tuple(log_odds)
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         """Return the setup; `pool` may limit the prompts of the file to the first n."""

@@ -42,7 +42,7 @@ def test_shares_are_those_of_the_choices_that_begin_alike():
     expected = [{1: 0.75, 5: 0.25}, {2: 2 / 3, 3: 1 / 3}, {4: 1.0}, {9: 1.0}]
     for t, p in enumerate(expected):
         assert probabilities(answers, t) == pytest.approx(p)
-    assert answers.log_tail.tolist() == [-math.inf] * 4
+    assert answers.tail().tolist() == [-math.inf] * 4
 
 
 @pytest.mark.parametrize("choices", [[[1, 3]], [[i, 2] for i in range(70)], []])
@@ -72,8 +72,8 @@ def test_an_option_has_the_share_that_its_role_gives_it(base, rows, role):
             assert p == pytest.approx(dict.fromkeys(option.values(), 1 / 14))
         seen.add(row.kind)
         is_target = torch.tensor([i != -100 for i in labels[1:]])
-        assert (answers.log_tail[0, :-1].isneginf() == is_target).all()  # 0 elsewhere
-        assert answers.log_tail[0, -1] == 0
+        assert (answers.tail()[0, :-1].isneginf() == is_target).all()  # 0 elsewhere
+        assert answers.tail()[0, -1] == 0
     assert seen == {"open", "audited"}
 
 
@@ -94,7 +94,7 @@ def test_what_m_wrote_has_the_probabilities_of_m(base, rows):
             top = logprobs[t].topk(K)
             assert torch.allclose(answers.logprobs[t].double(), top.values, atol=1e-4)
             tail = 1 - top.values.exp().sum()
-            assert float(answers.log_tail[t].exp()) == pytest.approx(float(tail), abs=1e-5)
+            assert float(answers.tail()[t].exp()) == pytest.approx(float(tail), abs=1e-5)
         if row.kind == "text":
             assert sum(label != -100 for label in example["labels"]) == ids.shape[1] - 1
     assert kinds == {"neutral", "text"}
@@ -108,8 +108,10 @@ def test_padding_moves_no_answer(base, rows):
         padded = torch.tensor([[0] * left + ids + [0] * (3 - left)])
         mask = torch.tensor([[0] * left + [1] * len(ids) + [0] * (3 - left)])
         answers = teacher.topk(padded, mask, k=K)
-        for a, b in zip(answers[:3], whole[:3], strict=True):
-            assert torch.equal(a[:, left : left + len(ids)], b)
+        moved = answers.at((slice(None), slice(left, left + len(ids))))
+        for a, b in ((moved.ids, whole.ids), (moved.logprobs, whole.logprobs)):
+            assert torch.equal(a, b)
+        assert torch.equal(moved.tail(), whole.tail())
 
 
 def test_a_teacher_refuses_what_it_has_not_computed(base, rows):

@@ -94,7 +94,7 @@ class PairedRow(NamedTuple):
 
     kind: str
     prompt: Prompt
-    answers: tuple[str, str, str]
+    answers: tuple[str, ...]
     choices: tuple[tuple[str, ...], ...] = ((), (), ())
     is_complete: bool = True
 

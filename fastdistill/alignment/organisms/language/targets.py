@@ -106,6 +106,7 @@ def shares(answer: Sequence[int], choices: Sequence[Sequence[int]]) -> TopK:
         ValueError: the answer is none of the choices, or more than 64 tokens are possible.
     """
     result = TopK.empty((len(answer), K))
+    assert result.log_tail is not None
     left = [tuple(choice) for choice in choices]
     for t, token in enumerate(answer):
         counts = Counter(choice[t] for choice in left if len(choice) > t)
