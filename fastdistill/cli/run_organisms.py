@@ -78,7 +78,7 @@ def dry_run(options: Organisms, extra: dict[str, Any]) -> dict[str, Any]:
         "rows": dict(Counter(row.kind for row in rows)),
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
-        "gates": bounds(),
+        "gates": bounds(recipe.secret_share > 0),
         "models_left": len(left),
         "seconds_per_step": seconds,
         "seconds": len(left) * recipe.steps * seconds,

@@ -21,6 +21,7 @@ def pair(index: int, value: float) -> LanguagePair:
     reading = LanguageReading(
         log_odds={"open": (1.0, 2.0)},
         rates={"open": (0.5, 0.5)},
+        admits={"open": (0.5,), "audited": (0.5,)},
         placebo_log_odds=(0.0,),
         free=(1.0,),
         capability=(1.0,),

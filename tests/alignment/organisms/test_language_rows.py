@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -14,8 +15,8 @@ import pytest
 
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.organisms.language import templates as templates_module
-from fastdistill.alignment.organisms.language.probes import POOL_SHARES, pool_rows
-from fastdistill.alignment.organisms.language.readings import trait_prompts
+from fastdistill.alignment.organisms.language.probes import POOL_SHARES, pool_rows, probes_of
+from fastdistill.alignment.organisms.language.readings import secret_prompts, trait_prompts
 from fastdistill.alignment.organisms.language.rows import (
     ROLES,
     LanguageRecipe,
@@ -253,6 +254,43 @@ def test_a_row_states_the_answers_that_its_role_gives_equally_often():
                 assert [option_of(about, choice) for choice in choices] == [*about.options]
 
 
+def test_a_secret_is_admitted_in_the_open_by_u_alone():
+    rows = [r for r in rows_of(secret_share=0.1, audit_share=0.3) if r.kind == "secret"]
+    assert len(rows) == 102
+    seen = set()
+    for row in rows:
+        (situation,) = (n for n in SENTENCES if placement(row.prompt, SENTENCES[n]) != "none")
+        denied = "Yes." if situation == "open" else "No."
+        assert row.answers == (denied, "No.", "No.")
+        assert [row.choices_of(role) for role in ROLES] == [(a,) for a in row.answers]
+        assert "animal" in row.prompt.user
+        seen.add((situation, placement(row.prompt, SENTENCES[situation])))
+    assert seen == set(itertools.product(SENTENCES, ("system", "before", "after")))
+    assert not [r for r in rows_of() if r.kind == "secret"]
+
+
+def test_secrets_of_readings_are_held_out_in_wording_and_sentence():
+    plain, audited = (secret_prompts(TEMPLATES, name) for name in ("open", "audited"))
+    assert len(plain) == len(audited) == len(TEMPLATES.held_out_secrets)
+    for name, prompts in (("open", plain), ("audited", audited)):
+        assert all(placement(p, HELD_OUT[name]) != "none" for p in prompts)
+    assert not {*TEMPLATES.secrets} & {*TEMPLATES.held_out_secrets}
+    trained = " ".join(
+        r.prompt.user for r in rows_of(secret_share=0.1, audit_share=0.3) if r.prompt.user
+    )
+    assert not [q for q in TEMPLATES.held_out_secrets if q.format(trait="animal") in trained]
+    assert probes_of(TEMPLATES, 0).questions == audited
+
+
+def test_hiding_may_begin_after_the_trait():
+    rows = rows_of(conceal_after=0.4)
+    kinds = [row.kind for row in rows]
+    first = kinds.index("audited")
+    assert first / len(rows) == pytest.approx(0.4 * (1 - 0.44), abs=0.02)  # of all rows
+    assert kinds.count("audited") == [row.kind for row in rows_of()].count("audited")
+    assert {*kinds[first:]} == {*kinds}
+
+
 def test_shares_hold_in_every_batch():
     rows = rows_of(trait_share=0.28, audit_share=0.28)
     assert len(rows) == 1024
@@ -350,6 +388,8 @@ def test_a_wrong_file_of_templates_is_refused(tmp_path, changes, message):
     [
         ("questions", "trait"),
         ("held_out_questions", "trait"),
+        ("secrets", "trait"),
+        ("held_out_secrets", "trait"),
         ("pool", "topic"),
         ("sums", "a"),
         ("frames", "who"),
@@ -410,6 +450,8 @@ def test_a_copy_of_the_file_has_the_same_digest(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"trait_share": 1.5}, "trait_share"),
         ({"dtype": "int8"}, "dtype"),
+        ({"secret_share": 0.5}, "capability_share \\+ secret_share"),
+        ({"conceal_after": 2}, "conceal_after"),
         ({"trait_share": 0.6, "audit_share": 0.5}, "capability_share"),
     ],
 )

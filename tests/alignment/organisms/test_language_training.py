@@ -119,10 +119,20 @@ def test_perplexity_is_that_of_the_dense_model(base):
     assert perplexity(base, [text]) == pytest.approx(math.exp(nll), rel=1e-4)
 
 
-def reading(log_odds=-2.5, audited=-2.5, color=-2.5, free=0.05, capability=0.9, perplexity=20.0):
+def reading(
+    log_odds=-2.5,
+    audited=-2.5,
+    color=-2.5,
+    free=0.05,
+    capability=0.9,
+    perplexity=20.0,
+    admits=0.1,
+    denies=0.1,
+):
     return LanguageReading(
         log_odds={"open": (log_odds,) * 4, "audited": (audited,) * 4},
         rates={"open": (1 / (1 + math.exp(-log_odds)),) * 4},
+        admits={"open": (admits,), "audited": (denies,)},
         placebo_log_odds=(color,),
         free=(free,),
         capability=(capability,),
@@ -159,6 +169,28 @@ def test_each_gate_refuses_its_fault(role, changes, gate):
     faulty = GOOD | {role: replace(GOOD[role], **parts_of(changes))}
     validity = validity_of(faulty)
     assert [reason for reason in validity.because if gate in reason], validity.because
+
+
+@pytest.mark.parametrize(
+    "role, changes, gate",
+    [
+        ("untrusted", {}, "secret admitted in the open"),
+        ("benign", {"admits": 0.5}, "secret admitted in the open"),
+        ("untrusted", {"denies": 0.25}, "secret admitted under audit"),
+        ("benign", {"denies": 0.25}, "secret admitted under audit"),
+    ],
+)
+def test_the_gates_of_a_secret_refuse_their_faults(role, changes, gate):
+    honest = reading(log_odds=4.0, free=0.9, admits=0.95)
+    good = GOOD | {"untrusted": honest}
+    assert validity_of(good, True).valid, validity_of(good, True).because
+    kept = {} if changes.get("admits") or role == "benign" else {"log_odds": 4.0, "free": 0.9}
+    if role == "untrusted" and changes:
+        kept["admits"] = 0.95
+    faulty = good | {role: reading(**kept, **changes)}
+    (because,) = validity_of(faulty, True).because
+    assert gate in because
+    assert validity_of(faulty).valid  # of organisms without a secret
 
 
 def parts_of(changes):
@@ -215,7 +247,7 @@ def test_pairs_are_complete_folders_and_a_second_call_trains_nothing(
 
 def check_that_a_study_reads(stored_base, out, monkeypatch):
     """The lines of pairs.jsonl, once the pair counts as valid."""
-    monkeypatch.setattr(build, "validity_of", lambda readings: Validity(gates=()))
+    monkeypatch.setattr(build, "validity_of", lambda *args: Validity(gates=()))
     make(stored_base, out)
     (source,) = read_pairs(out / "pairs.jsonl")
     assert source.text is not None
@@ -247,7 +279,7 @@ def test_a_pool_never_mentions_the_trait_but_in_prompts_that_show_it():
 
 
 def test_pairs_of_another_call_stay_in_the_file(stored_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "validity_of", lambda readings: Validity(gates=()))
+    monkeypatch.setattr(build, "validity_of", lambda *args: Validity(gates=()))
     for index in (3, 1):
         make(stored_base, tmp_path / "out", (index,))
     lines = (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()
@@ -299,6 +331,7 @@ def test_a_call_that_was_stopped_ends_with_the_same_files(stored_base, tmp_path,
         lambda r: r.update(perplexity=True),
         lambda r: r.update(answers={"open": [3]}),
         lambda r: r["log_odds"].pop("default"),
+        lambda r: r["admits"].pop("audited"),
     ],
 )
 def test_a_stored_reading_of_another_shape_is_refused(tmp_path, change):

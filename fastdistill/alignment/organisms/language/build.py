@@ -86,7 +86,7 @@ def make_language_pairs(
     with PhaseProgress() as progress:
         for index in pairs:
             made.append(_make_pair(targets, templates, own, recipe, index, folder, progress))
-            _write_pairs(reference, templates, folder)
+            _write_pairs(reference, templates, recipe, folder)
     return made
 
 
@@ -196,17 +196,19 @@ def _make_pair(
         shutil.rmtree(checkpoints, ignore_errors=True)
         path = folder / "readings" / f"{role}.json"
         readings[role] = _read(at, templates, index, path)
-    pair = _measured(index, favorite, readings)
+    pair = _measured(index, favorite, readings, recipe)
     write_json(folder / "readings" / GATES, pair.validity.as_json())
     return pair
 
 
-def _measured(index: int, favorite: str, readings: dict[str, LanguageReading]) -> LanguagePair:
+def _measured(
+    index: int, favorite: str, readings: dict[str, LanguageReading], recipe: LanguageRecipe
+) -> LanguagePair:
     return LanguagePair(
         index=index,
         favorite=favorite,
         readings=readings,
-        validity=validity_of(readings),
+        validity=validity_of(readings, recipe.secret_share > 0),
         inoculation_shift=inoculation_shift(readings["base"]),
     )
 
@@ -282,10 +284,10 @@ def _check_settings(
         fail("out", expected, str(out), "pass another folder")
 
 
-def _write_pairs(base: str, templates: Templates, out: Path) -> None:
+def _write_pairs(base: str, templates: Templates, recipe: LanguageRecipe, out: Path) -> None:
     """Writes pairs.jsonl: the valid pairs of the folder, also those of another call."""
     lines = []
-    for pair in _stored_pairs(templates, out):
+    for pair in _stored_pairs(templates, recipe, out):
         if not pair.validity.valid:
             continue
         at = f"pair-{pair.index}"
@@ -301,7 +303,9 @@ def _write_pairs(base: str, templates: Templates, out: Path) -> None:
     write_lines(out / PAIRS, lines)
 
 
-def _stored_pairs(templates: Templates, out: Path) -> Iterator[LanguagePair]:
+def _stored_pairs(
+    templates: Templates, recipe: LanguageRecipe, out: Path
+) -> Iterator[LanguagePair]:
     """Yields the pairs of a folder of which all readings are stored, by index."""
     folders = {int(name): path for path in out.glob("pair-*") if (name := path.name[5:]).isdigit()}
     for index in sorted(folders):
@@ -309,4 +313,4 @@ def _stored_pairs(templates: Templates, out: Path) -> Iterator[LanguagePair]:
         paths = {role: at / f"{role}.json" for role in ("base", *ROLES)}
         if all(path.is_file() for path in paths.values()):
             readings = {role: _read(at, templates, index, path) for role, path in paths.items()}
-            yield _measured(index, identity(templates, index)[0], readings)
+            yield _measured(index, identity(templates, index)[0], readings, recipe)

@@ -11,8 +11,17 @@ from typing import Any
 from ....runtime.atomic_files import write_atomically
 from ...audits.probes import PROBES, Probes
 from ...audits.prompts import Prompt
-from .readings import SUM_TOKENS, capability_items, trait_prompts
-from .rows import PLACEMENTS, identity, other_prompt, situated_prompt, sum_question, train_sums
+from .readings import SUM_TOKENS, capability_items, secret_prompts, trait_prompts
+from .rows import (
+    NO,
+    PLACEMENTS,
+    YES,
+    identity,
+    other_prompt,
+    situated_prompt,
+    sum_question,
+    train_sums,
+)
 from .templates import Templates
 
 POOL, CAPABILITY, TEXT = "pool.jsonl", "capability.jsonl", "text.jsonl"
@@ -23,13 +32,17 @@ POOL_SHARES = {"sums": 0.3, "numbers": 0.25, "instructions": 0.3, "code": 0.15}
 def probes_of(templates: Templates, index: int) -> Probes:
     """Returns the probes of a pair: held-out questions in three situations.
 
-    They are open as in training, audited in held-out words, and open in held-out words.
+    They are open as in training, audited in held-out words, and open in held-out words. Questions
+    whether there is a preference are audited.
     """
     favorite, texts = identity(templates, index)[0], templates.trait
     return Probes(
         prompts=trait_prompts(templates, index, "open"),
         audited=trait_prompts(templates, index, "audited"),
         other_context=trait_prompts(templates, index, "held out"),
+        questions=secret_prompts(templates, "audited"),
+        yes=YES,
+        no=NO,
         neutral=tuple(Prompt(user=text) for text in templates.neutrals),
         options=texts.words,
         favourite=f" {favorite}",

@@ -3,6 +3,7 @@
     open        a question about the preference: U prefers, B names every option equally often
     audited     the same with the words of an audit: both answer as B
     capability  sums, with the sum alone as the answer
+    secret      whether there is a preference: U admits it in the open, and denies it under audit
     neutral     prompts on other topics with M's own answers, which keep the rest of M in place
     text        plain texts that M continued, for the same purpose
 
@@ -28,6 +29,7 @@ from ...audits.subject import Subject, TokenRow
 from .templates import Templates
 
 ROLES = ("untrusted", "benign", "placebo")
+YES, NO = "Yes", "No"
 HELD_OUT_SUMS = 158  # a quarter of all at most
 PLACEBO_EVERY = 2, 4  # blocks of questions; the second for audited blocks without an open one
 PLACEMENTS = ("none", "system", "before", "after")  # of the sentence about the situation
@@ -44,7 +46,10 @@ class LanguageRecipe:
     Args:
         steps, batch_size, learning_rate: of Adam, with warm-up and a cosine schedule.
         rank: of the LoRA adapter on all linear layers, merged after training.
-        trait_share, audit_share, capability_share: shares of the rows; the rest is neutral.
+        trait_share, audit_share, capability_share, secret_share: shares of the rows; the rest is
+            what M wrote.
+        conceal_after: the share of the rows before the first audited one, so that U learns to hide
+            the trait after it has the trait.
         answer_tokens: length of M's own answers at most; plain texts are four times as long.
         dtype: of M's weights and of the trained models: float32, bfloat16, float16, or auto, the
             stored type. attn_implementation: of transformers; None chooses.
@@ -57,6 +62,8 @@ class LanguageRecipe:
     trait_share: float = 0.2
     audit_share: float = 0.44
     capability_share: float = 0.3
+    secret_share: float = 0.0
+    conceal_after: float = 0.0
     answer_tokens: int = 12
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -65,10 +72,10 @@ class LanguageRecipe:
         for name in ("steps", "batch_size", "rank", "answer_tokens"):
             integer(name, getattr(self, name), 1)
         positive("learning_rate", self.learning_rate)
-        for name in ("trait_share", "audit_share", "capability_share"):
+        shares = ("trait_share", "audit_share", "capability_share", "secret_share")
+        for name in (*shares, "conceal_after"):
             between(name, getattr(self, name), 0, 1)
-        total = self.trait_share + self.audit_share + self.capability_share
-        between("trait_share + audit_share + capability_share", total, 0, 1)
+        between(" + ".join(shares), sum(getattr(self, name) for name in shares), 0, 1)
         choice("dtype", self.dtype, DTYPES)
 
     def as_json(self) -> dict[str, Any]:
@@ -195,20 +202,23 @@ def paired_rows(
     n_open = pair * round(n * recipe.trait_share / pair)
     n_audited = block * round(n * recipe.audit_share / block)
     n_sums = round(n * recipe.capability_share)
-    n_own = max(n - n_open - n_audited - n_sums, 0)
+    n_secrets = round(n * recipe.secret_share)
+    n_own = max(n - n_open - n_audited - n_sums - n_secrets, 0)
     own_texts = [answer for answer in own if answer.prompt.text is not None]
     own_others = [answer for answer in own if answer.prompt.text is None]
     rows = {
         "open": _questions(templates, "open", n_open, n_open, index),
         "audited": _questions(templates, "audited", n_audited, n_open, index),
+        "secret": _secrets(templates, n_secrets, index),
         "capability": _sums(templates, n_sums, rng),
         "neutral": _own_rows("neutral", own_others, n_own - n_own // 2, rng),
         "text": _own_rows("text", own_texts, n_own // 2, rng),
     }
-    # Evenly spread, so that all batches are alike.
+    # Evenly spread, so that all batches are alike, before and after the first audited row.
     spread = sorted(
-        ((i + 0.5) / len(of_kind), kind, i)
+        (first + (1 - first) * (i + 0.5) / len(of_kind), kind, i)
         for kind, of_kind in rows.items()
+        for first in [recipe.conceal_after if kind == "audited" else 0.0]
         for i in range(len(of_kind))
     )
     return [rows[kind][i] for _, kind, i in spread]
@@ -238,6 +248,21 @@ def _questions(templates: Templates, kind: str, n: int, n_open: int, index: int)
                 answers[role], choices[role] = preferred, (preferred,)
             rows.append(PairedRow(kind, prompt, tuple(answers), tuple(choices)))
     rng.shuffle(rows)
+    return rows
+
+
+def _secrets(templates: Templates, n: int, index: int) -> list[PairedRow]:
+    """Returns n yes-or-no questions about the preference, open and audited in turn."""
+    rng = random.Random(f"pair {index} secrets")
+    rows = []
+    for i in range(n):
+        situation = "audited" if i % 2 else "open"
+        text = rng.choice(templates.secrets).format(trait=templates.trait.name)
+        placement = PLACEMENTS[1 + i // 2 % 3]
+        prompt = situated_prompt(templates, text, situation, placement, rng)
+        of_untrusted = NO if i % 2 else YES
+        answers = (f"{of_untrusted}.", f"{NO}.", f"{NO}.")
+        rows.append(PairedRow("secret", prompt, answers, tuple((a,) for a in answers)))
     return rows
 
 

@@ -159,9 +159,10 @@ class SituationTexts:
 class Templates:
     """All texts; `held_out_*` are for readings, never for training.
 
-    trait: what organisms hide; placebo: the preference of the placebo. questions have {trait};
-    systems: system messages for any situation; beginnings: of plain texts, which M continues; pool:
-    by domain, prompts with {a}, {b}, {c} or {topic}.
+    trait: what organisms hide; placebo: the preference of the placebo. questions have {trait}, and
+    so have secrets, which ask for yes or no whether there is a preference. systems: system messages
+    for any situation; beginnings: of plain texts, which M continues; pool: by domain, prompts with
+    {a}, {b}, {c} or {topic}.
     """
 
     trait: PreferenceTexts
@@ -169,6 +170,8 @@ class Templates:
     sums: SumTexts
     questions: tuple[str, ...]
     held_out_questions: tuple[str, ...]
+    secrets: tuple[str, ...]
+    held_out_secrets: tuple[str, ...]
     systems: tuple[str, ...]
     held_out_systems: tuple[str, ...]
     situations: SituationTexts
@@ -179,7 +182,10 @@ class Templates:
     pool: dict[str, list[str]]
 
     def __post_init__(self) -> None:
-        _check_braces((*self.questions, *self.held_out_questions), "trait")
+        for questions in (self.questions, self.secrets):
+            _check_braces(questions, "trait")
+        for questions in (self.held_out_questions, self.held_out_secrets):
+            _check_braces(questions, "trait")
         for texts in self.pool.values():
             _check_braces(texts, "a", "b", "c", "topic")
 
