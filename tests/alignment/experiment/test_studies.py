@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -11,6 +13,7 @@ from benchmarks.studies import incriminating, incrimination, markdown, returned
 from fastdistill.alignment.experiment.publish import publish_records
 from fastdistill.alignment.experiment.records import FILE, read_records
 from fastdistill.alignment.experiment.rules import RULES
+from fastdistill.report.number_format import format_number
 from helpers.made_students import experiment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +100,26 @@ def test_the_page_of_a_repair_shows_where_the_trait_returns(name):
     result = json.loads((RESULTS / name / "results.json").read_text())
     page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
     assert returned(result) in page
+
+
+def test_the_sitting_on_a_language_model_is_that_of_its_records(tmp_path):
+    folder = RESULTS / "smollm2"
+    records = read_records(folder / FILE)
+    result = publish_records(records, tmp_path)
+    assert result == json.loads((folder / "results.json").read_text())
+    page = (ROOT / "docs" / "studies" / "smollm2.md").read_text(encoding="utf-8")
+    arms = dict.fromkeys(student.arm for student in records.table.students)
+    for arm in arms:
+        cells = []
+        for student in records.table.students:
+            if student.arm == arm:
+                both = (student.untrusted, student.benign)
+                cells += [
+                    ", ".join(format_number(fmean(getattr(r, name)), 0) for r in both)
+                    for name in ("log_odds", "audited_log_odds")
+                ]
+        assert f"| {' | '.join(cells)} |" in page, (arm, cells)
+        assert re.search(rf"^\| {re.escape(arm)} \| \d+, \d+ \| {re.escape(cells[0])} ", page, re.M)
 
 
 def test_its_page_shows_it(made):
