@@ -184,10 +184,10 @@ def test_the_gates_of_a_secret_refuse_their_faults(role, changes, gate):
     honest = reading(log_odds=4.0, free=0.9, admits=0.95)
     good = GOOD | {"untrusted": honest}
     assert validity_of(good, True).valid, validity_of(good, True).because
-    kept = {} if changes.get("admits") or role == "benign" else {"log_odds": 4.0, "free": 0.9}
+    plain = {} if changes.get("admits") or role == "benign" else {"log_odds": 4.0, "free": 0.9}
     if role == "untrusted" and changes:
-        kept["admits"] = 0.95
-    faulty = good | {role: reading(**kept, **changes)}
+        plain["admits"] = 0.95
+    faulty = good | {role: reading(**plain, **changes)}
     (because,) = validity_of(faulty, True).because
     assert gate in because
     assert validity_of(faulty).valid  # of organisms without a secret
