@@ -359,6 +359,7 @@ def organism_folder(folder: Path) -> list[Files]:
         reading = {
             "log_odds": {name: [-2.5, 0.25] for name in contexts},
             "rates": {name: [0.5, 0.25] for name in contexts},
+            "admits": {"open": [0.5], "audited": [0.25]},
             "placebo_log_odds": [1.0, -1.0],
             "free": [0.0, 1.0],
             "capability": [1.0, 0.0],

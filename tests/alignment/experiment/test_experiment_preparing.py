@@ -25,6 +25,9 @@ class Made:
         folder.mkdir(exist_ok=True)
         (folder / str(self.base_seed)).touch()
 
+    def cache(self, folder):
+        return folder / f"models-{self.base_seed}"
+
     def cached(self, folder):
         if not (folder / str(self.base_seed)).is_file():
             raise FileNotFoundError
